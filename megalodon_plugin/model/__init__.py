@@ -1,0 +1,7 @@
+"""The Megalodon model in plain PyTorch: no host, no ranks."""
+
+from .config import PRESETS, MegalodonConfig
+from .model import Megalodon
+from .state import LayerState, MegalodonState
+
+__all__ = ["PRESETS", "LayerState", "Megalodon", "MegalodonConfig", "MegalodonState"]

@@ -1,0 +1,45 @@
+"""CEMA as a module: its parameters, in the authors' shapes, and their initialisation."""
+
+import torch
+from torch import Tensor, nn
+
+from megalodon_plugin.ops import cema
+
+from .init import init_theta
+
+
+class CEMA(nn.Module):
+    """Complex exponential moving average over time, per channel; see `ops.cema`.
+
+    alpha, delta (D, N, 1), theta (D, 1, 1), gamma (D, N, 2), omega (D, 1).
+    """
+
+    def __init__(self, dim: int, order: int, cema_input: str, layer_id: int):
+        super().__init__()
+        self.cema_input, self.layer_id = cema_input, layer_id
+        self.alpha = nn.Parameter(torch.zeros(dim, order, 1))
+        self.delta = nn.Parameter(torch.zeros(dim, order, 1))
+        self.theta = nn.Parameter(torch.zeros(dim, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(dim, order, 2))
+        self.omega = nn.Parameter(torch.zeros(dim, 1))
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.alpha, std=0.2)
+        nn.init.normal_(self.delta, std=0.2)
+        init_theta(self.theta, self.layer_id)
+        nn.init.normal_(self.gamma)
+        self.gamma[..., 1].zero_()
+        nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
+
+    def forward(self, x: Tensor, h0: Tensor | None = None, return_state: bool = False) -> tuple[Tensor, Tensor | None]:
+        return cema(
+            x,
+            self.alpha,
+            self.delta,
+            self.theta,
+            self.gamma,
+            self.omega,
+            h0=h0,
+            return_state=return_state,
+            cema_input=self.cema_input,
+        )

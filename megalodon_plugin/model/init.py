@@ -1,0 +1,46 @@
+"""Initialisation of parameters, plain or sharded, by the authors' table (docs/deviations.md names what differs)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def init_linear(linear: nn.Linear, mode: str) -> None:
+    """Weight by `mode`: "he" normal with std 1/sqrt(3 fan_in), "bert" normal with std 0.02, "xavier" uniform. Bias 0."""
+    if mode == "he":
+        nn.init.normal_(linear.weight, std=1 / math.sqrt(3 * linear.in_features))
+    elif mode == "bert":
+        nn.init.normal_(linear.weight, std=0.02)
+    else:
+        nn.init.xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def init_embedding(weight: Tensor, dim: int) -> None:
+    """Truncated normal of std 1/sqrt(D), cut at three std; for the embedding and the output layer."""
+    std = 1 / math.sqrt(dim)
+    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
+def init_theta(theta: Tensor, layer_id: int) -> None:
+    """logit(f), f a random permutation of exp(-j ln(D) / D), j = 1..D.
+
+    The permutation comes from a generator of its own, seeded by the layer: ranks hold slices of one and the same
+    permutation however many they are, and pipeline stages need not agree on anything.
+    """
+    dim = theta.shape[0]
+    frequencies = torch.exp(torch.arange(1, dim + 1, dtype=torch.float64) * (-math.log(dim) / dim))
+    order = torch.randperm(dim, generator=torch.Generator().manual_seed(layer_id))
+    values = torch.logit(frequencies[order], eps=1e-12).view(dim, 1, 1)
+    copy_full(theta, values)
+
+
+def copy_full(parameter: Tensor, values: Tensor) -> None:
+    """Copy values of the full shape into a parameter that may be sharded."""
+    values = values.to(device=parameter.device, dtype=parameter.dtype)
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)

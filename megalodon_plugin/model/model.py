@@ -1,0 +1,142 @@
+"""The language model: embedding, layers, final TimestepNorm, output layer (arXiv 2404.08801)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .block import MegalodonBlock
+from .config import MegalodonConfig
+from .init import init_embedding
+from .norm import TimestepNorm, at_least_float32
+from .rotary import Rotary
+from .state import MegalodonState, check_state, empty_layer_state
+
+
+class Megalodon(nn.Module):
+    """Megalodon language model, (B, L) tokens -> (B, L, vocabulary) logits.
+
+    Children are named as the host's models are (`tok_embeddings`, `layers`, `norm`, `output`); a pipeline stage may set
+    those it does not hold to None.
+    """
+
+    def __init__(self, cfg: MegalodonConfig):
+        super().__init__()
+        cfg.validate()
+        self.cfg = cfg
+        self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.layers = nn.ModuleDict({str(i): MegalodonBlock(cfg, i) for i in range(cfg.n_layers)})
+        self.norm = TimestepNorm(cfg.dim, cfg.norm_groups, cfg.norm_eps)
+        self.output = nn.Linear(cfg.dim, cfg.n_outputs, bias=False)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.cfg.tie_embedding and self.output is not None and self.tok_embeddings is not None:
+            self.output.weight = self.tok_embeddings.weight
+
+    @torch.no_grad()
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Initialise every parameter by the authors' table; `buffer_device` is where the RoPE tables go.
+
+        Call it after `to_empty` on a model from the meta device: sharing the embedding's weight is renewed here, for
+        `to_empty` ends it.
+        """
+        self._tie()
+        if self.tok_embeddings is not None:
+            init_embedding(self.tok_embeddings.weight, self.cfg.dim)
+        for layer in self.layers.values():
+            layer.init_weights()  # type: ignore[operator]
+        if self.norm is not None:
+            self.norm.init_weights()
+        if self.output is not None and not self.cfg.tie_embedding:
+            init_embedding(self.output.weight, self.cfg.dim)
+        if buffer_device is not None:
+            for module in self.modules():
+                if isinstance(module, Rotary):
+                    module.to(buffer_device)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: MegalodonState | None = None,
+        return_state: bool = False,
+        positions: Tensor | None = None,
+        attention_masks: None = None,
+    ) -> Tensor | tuple[Tensor, MegalodonState]:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: (B, L) int64, any L >= 1 (activations (B, L, D) in a pipeline stage without the embedding).
+            state: what the text before these tokens left, from an earlier call; None: every row starts a text. Rows
+                may be at different positions, and a piece may have any length.
+            return_state: also return the state after these tokens.
+            positions: accepted as the host passes it. Rows count up from their start, so there is nothing to read.
+            attention_masks: must be None.
+
+        Returns:
+            logits (B, L, vocabulary): float32 in eval mode, in training the activations' dtype (the host's loss
+            computes in float32); float64 in a float64 model. With `return_state`, also the state.
+
+        Raises:
+            ValueError: a shape is wrong, or the state belongs to another model.
+        """
+        if attention_masks is not None:
+            raise ValueError(
+                "`attention_masks` must be None: attention is causal inside chunks and takes no other mask"
+            )
+        if self.tok_embeddings is not None and tokens.ndim != 2:
+            raise ValueError(f"`tokens` must have shape (B, L), but has {tuple(tokens.shape)}")
+        if tokens.shape[1] < 1:
+            raise ValueError(f"`tokens` must hold at least one timestep, but has shape {tuple(tokens.shape)}")
+        x = self._embed(tokens)
+        if state is None and not return_state:
+            for layer in self.layers.values():
+                x = layer(x)
+            new_state = None
+            if self.norm is not None:
+                x, _ = self.norm(x)
+        else:
+            x, new_state = self._streamed(x, state)
+        if self.output is not None:
+            x = self.output(x)
+            if not self.training:
+                x = at_least_float32(x)
+        return (x, new_state) if return_state and new_state is not None else x
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if self.tok_embeddings is None:
+            return tokens
+        x = self.tok_embeddings(tokens)  # (B, L, D)
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+            # Autocast leaves an embedding in float32, and the residual stream with it. Under FSDP's mixed precision
+            # it has the low dtype; the same here, so that one device computes what many do, in half the memory.
+            x = x.to(torch.get_autocast_dtype(device))
+        if self.cfg.scale_embedding:
+            x = x * math.sqrt(self.cfg.dim)
+        return F.dropout(x, self.cfg.dropout, self.training)
+
+    def _streamed(self, x: Tensor, state: MegalodonState | None) -> tuple[Tensor, MegalodonState]:
+        batch, length, _ = x.shape
+        if state is not None:
+            check_state(state, self.cfg, batch)
+        new_layers = []
+        for i, layer in enumerate(self.layers.values()):
+            layer_state = None if state is None else state.layers[i]
+            x, new_layer = layer(x, layer_state, None if state is None else state.position, True)
+            new_layers.append(new_layer)
+        x, norm_state = self.norm(x, None if state is None else state.norm)
+        position = torch.zeros(batch, dtype=torch.int64, device=x.device) if state is None else state.position
+        return x, MegalodonState(tuple(new_layers), norm_state, position + length)
+
+    def empty_state(self, batch: int, dtype: torch.dtype | None = None) -> MegalodonState:
+        """The state before the first timestep, explicitly: the same as passing None, in tensors of the final shapes.
+
+        `dtype` is that of keys and values, by default the embedding's.
+        """
+        weight, cema_dtype = self.tok_embeddings.weight, self.norm.weight.dtype
+        layer = empty_layer_state(self.cfg, batch, dtype or weight.dtype, cema_dtype, weight.device)
+        position = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        state = MegalodonState((layer,) * self.cfg.n_layers, layer.norm, position)
+        return state.map(torch.clone)

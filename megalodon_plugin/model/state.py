@@ -1,0 +1,126 @@
+"""What a Megalodon carries from one piece of a text to the next: a pytree of tensors of fixed size."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from megalodon_plugin.ops import NormState
+from megalodon_plugin.ops.timestep_norm import empty_norm_state
+
+from .config import MegalodonConfig
+
+
+class LayerState(NamedTuple):
+    """State of one layer.
+
+    norm: statistics of its TimestepNorm.
+    h: CEMA's hidden state, (B, D, N, 2), float32 (float64 in a float64 model).
+    k, v: rotated keys (B, C, H, Z/H) and values (B, C, H, V/H) of the unfinished chunk, in the activations' dtype.
+        Entries from position mod C on are 0.
+    """
+
+    norm: NormState
+    h: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class MegalodonState(NamedTuple):
+    """State of a model after a piece of text: one `LayerState` a layer, the final norm's statistics, and the number of
+    timesteps read by each row, (B,) int64. Rows may be at different places.
+    """
+
+    layers: tuple[LayerState, ...]
+    norm: NormState
+    position: Tensor
+
+    def map(self, function: Any) -> "MegalodonState":
+        """The state with `function` applied to every tensor."""
+        return pytree.tree_map(function, self)
+
+    def detach(self) -> "MegalodonState":
+        """Cut the graph: gradients stop here (truncated backpropagation)."""
+        return self.map(torch.Tensor.detach)
+
+    def to(self, device: torch.device | str) -> "MegalodonState":
+        """Move to another device. The dtypes stay: they are part of the state's meaning."""
+        return self.map(lambda t: t.to(device))
+
+    def select(self, rows: Tensor | list[int]) -> "MegalodonState":
+        """The state of some rows, in that order; a row may be named more than once."""
+        index = torch.as_tensor(rows, device=self.position.device)
+        return self.map(lambda t: t.index_select(0, index))
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file; no half-written file is left under `path`."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        unfinished = path.with_name(path.name + ".unfinished")
+        save_file({name: t.detach().contiguous() for name, t in self._named()}, unfinished)
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "MegalodonState":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        from safetensors.torch import load_file
+
+        tensors = load_file(path, device=str(device))
+        try:
+            n_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+            layers = tuple(
+                LayerState(
+                    NormState(*(tensors[f"layers.{i}.norm.{field}"] for field in NormState._fields)),
+                    *(tensors[f"layers.{i}.{field}"] for field in LayerState._fields[1:]),
+                )
+                for i in range(n_layers)
+            )
+            norm = NormState(*(tensors[f"norm.{field}"] for field in NormState._fields))
+            return cls(layers, norm, tensors["position"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not hold the state of a Megalodon: {error} is missing") from error
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        named = [("position", self.position)]
+        named += [(f"norm.{field}", value) for field, value in self.norm._asdict().items()]
+        for i, layer in enumerate(self.layers):
+            named += [(f"layers.{i}.norm.{field}", value) for field, value in layer.norm._asdict().items()]
+            named += [(f"layers.{i}.{field}", getattr(layer, field)) for field in LayerState._fields[1:]]
+        return named
+
+
+def empty_layer_state(
+    cfg: MegalodonConfig, batch: int, dtype: torch.dtype, state_dtype: torch.dtype, device: torch.device
+) -> LayerState:
+    """State of a layer before the first timestep."""
+    return LayerState(
+        empty_norm_state(batch, cfg.norm_groups, state_dtype, device),
+        torch.zeros(batch, cfg.dim, cfg.cema_ndim, 2, dtype=state_dtype, device=device),
+        torch.zeros(batch, cfg.chunk_size, cfg.n_heads, cfg.qk_head_dim, dtype=dtype, device=device),
+        torch.zeros(batch, cfg.chunk_size, cfg.n_heads, cfg.value_head_dim, dtype=dtype, device=device),
+    )
+
+
+def check_state(state: MegalodonState, cfg: MegalodonConfig, batch: int) -> None:
+    """Raise ValueError unless the state belongs to a model of this configuration and to this many rows."""
+    if len(state.layers) != cfg.n_layers:
+        raise ValueError(f"the state must have `n_layers` = {cfg.n_layers} layers, but has {len(state.layers)}")
+    shapes = {
+        "h": (batch, cfg.dim, cfg.cema_ndim, 2),
+        "k": (batch, cfg.chunk_size, cfg.n_heads, cfg.qk_head_dim),
+        "v": (batch, cfg.chunk_size, cfg.n_heads, cfg.value_head_dim),
+    }
+    for i, layer in enumerate(state.layers):
+        for name, shape in shapes.items():
+            found = tuple(getattr(layer, name).shape)
+            if found != shape:
+                raise ValueError(f"the state's `layers[{i}].{name}` must have shape {shape}, but has {found}")
+    if tuple(state.position.shape) != (batch,):
+        raise ValueError(f"the state's `position` must have shape ({batch},), but has {tuple(state.position.shape)}")

@@ -1,0 +1,229 @@
+"""CEMA, the complex exponential moving average of Megalodon (arXiv 2404.08801, section 3.1).
+
+    a = sigmoid(alpha), d = sigmoid(delta), angle_n = sigmoid(theta) (2 pi / N) n  for n = 1..N
+    p = a  ("released")  or  a e^{i angle}  ("paper"),    q = (1 - a d) e^{i angle},    g = gamma sqrt(1/N)
+    h_t = p x_t + q h_{t-1},    y_t = Re sum_n g_n h_{n,t} + omega x_t
+
+The paper rotates the input coefficient, the authors' released code does not; checkpoints of the released code need
+"released".
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import cema_blocks as blocks
+from .checks import check_activation, check_parameter, compute_dtype, without_autocast
+
+CEMA_INPUTS = ("released", "paper")
+
+
+def cema(
+    x: Tensor,
+    alpha: Tensor,
+    delta: Tensor,
+    theta: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    h0: Tensor | None = None,
+    return_state: bool = False,
+    cema_input: str = "released",
+) -> tuple[Tensor, Tensor | None]:
+    """Complex exponential moving average over time, per channel; the equation stands at the head of this module.
+
+    Args:
+        x: (B, L, D), bfloat16, float32 or float64, any strides.
+        alpha, delta: (D, N, 1). theta: (D, 1, 1). gamma: (D, N, 2), real and imaginary part. omega: (D, 1).
+            float32, or float64 in a float64 model; never rounded to the activations' dtype.
+        h0: the hidden state before the first step, (B, D, N, 2) as (real, imaginary), dtype of alpha; None is zero.
+        return_state: also return the hidden state after the last step.
+        cema_input: "released" (p real) or "paper" (p rotated).
+
+    Returns:
+        y (B, L, D) in x's dtype, and the hidden state (B, D, N, 2) in alpha's dtype, or None. Gradients flow into and
+        out of both states.
+
+    Raises:
+        ValueError: a shape, a dtype (float16 is refused) or `cema_input` breaks a rule above.
+    """
+    _check(x, alpha, delta, theta, gamma, omega, h0, cema_input)
+    y, h = _cema_op(x, alpha, delta, theta, gamma, omega, h0, cema_input == "paper")
+    return y, (h if return_state else None)
+
+
+def cema_definition(
+    x: Tensor,
+    alpha: Tensor,
+    delta: Tensor,
+    theta: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    h0: Tensor | None = None,
+    return_state: bool = False,
+    cema_input: str = "released",
+) -> tuple[Tensor, Tensor | None]:
+    """`cema` as its equation reads: a loop over time in the dtype of the parameters. The contract of every fast path."""
+    _check(x, alpha, delta, theta, gamma, omega, h0, cema_input)
+    dtype = compute_dtype(x, alpha)
+    order = alpha.shape[1]
+    a, d = torch.sigmoid(alpha.to(dtype))[..., 0], torch.sigmoid(delta.to(dtype))[..., 0]  # (D, N)
+    n = torch.arange(1, order + 1, dtype=dtype, device=x.device)
+    angle = torch.sigmoid(theta.to(dtype))[..., 0] * (2 * math.pi / order) * n  # (D, N)
+    rotation = torch.polar(torch.ones_like(angle), angle)
+    p = a * rotation if cema_input == "paper" else a.to(rotation.dtype)
+    q = (1 - a * d) * rotation
+    g = torch.view_as_complex(gamma.to(dtype).contiguous()) * math.sqrt(1 / order)
+    h = x.new_zeros(x.shape[0], *q.shape, dtype=q.dtype) if h0 is None else torch.view_as_complex(h0.contiguous())
+    outputs = []
+    for x_t in x.to(dtype).unbind(1):  # (B, D)
+        h = p * x_t.unsqueeze(-1) + q * h  # (B, D, N)
+        outputs.append((g * h).real.sum(-1) + omega.to(dtype)[:, 0] * x_t)
+    state = torch.view_as_real(h).to(alpha.dtype) if return_state else None
+    return torch.stack(outputs, 1).to(x.dtype), state
+
+
+def cema_flops(tokens: int, dim: int, order: int) -> int:
+    """Floating-point operations of one forward pass of the recurrence (not of the way it is computed).
+
+    A step of one channel and order: q h is a complex product (6), p x joins it (2), and Re(g h) is added up (4).
+    omega x adds 2 a channel.
+    """
+    return tokens * dim * (12 * order + 2)
+
+
+def _check(x, alpha, delta, theta, gamma, omega, h0, cema_input) -> None:
+    check_activation("x", x, 3)
+    if alpha.ndim != 3:
+        raise ValueError(f"`alpha` must have shape (D, N, 1), but has {tuple(alpha.shape)}")
+    dim, order = x.shape[2], alpha.shape[1]
+    check_parameter("alpha", alpha, (dim, order, 1))
+    check_parameter("delta", delta, (dim, order, 1))
+    check_parameter("theta", theta, (dim, 1, 1))
+    check_parameter("gamma", gamma, (dim, order, 2))
+    check_parameter("omega", omega, (dim, 1))
+    if h0 is not None:
+        check_parameter("h0", h0, (x.shape[0], dim, order, 2))
+        if h0.dtype != alpha.dtype:
+            raise ValueError(f"`h0` must have alpha's dtype {alpha.dtype}, but is {h0.dtype}")
+    if cema_input not in CEMA_INPUTS:
+        raise ValueError(f"`cema_input` must be one of {CEMA_INPUTS}, but is {cema_input!r}")
+
+
+def _split(length: int) -> int:
+    """Steps in whole blocks; the rest forms one shorter block of its own, so padding never decays the state."""
+    return length - length % blocks.BLOCK
+
+
+def _start(x: Tensor, alpha: Tensor, h0: Tensor | None) -> Tensor:
+    """The incoming state as complex (D, B, N) in the compute dtype."""
+    dtype = compute_dtype(x, alpha)
+    if h0 is None:
+        return torch.complex(*[x.new_zeros(x.shape[2], x.shape[0], alpha.shape[1], dtype=dtype)] * 2)
+    return torch.view_as_complex(h0.to(dtype).contiguous()).transpose(0, 1).contiguous()
+
+
+def _to_state(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """complex (D, B, N) -> (B, D, N, 2)"""
+    return torch.view_as_real(h.transpose(0, 1).contiguous()).to(dtype)
+
+
+@torch.library.custom_op("megalodon::cema", mutates_args=())
+def _cema_op(
+    x: Tensor,
+    alpha: Tensor,
+    delta: Tensor,
+    theta: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    h0: Tensor | None,
+    rotate_input: bool,
+) -> tuple[Tensor, Tensor]:
+    with without_autocast(x):
+        c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
+        h, dtype, whole = _start(x, alpha, h0), compute_dtype(x, alpha), _split(x.shape[1])
+        outputs = []
+        for piece, block in ((x[:, :whole], blocks.BLOCK), (x[:, whole:], x.shape[1] - whole)):
+            if piece.shape[1]:
+                y, h = blocks.slice_forward(piece, h, blocks.make_tables(c, omega[:, 0], block, dtype))
+                outputs.append(y)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), _to_state(h, alpha.dtype)
+
+
+@torch.library.custom_op("megalodon::cema_backward", mutates_args=())
+def _cema_backward_op(
+    dy: Tensor,
+    dh_last: Tensor | None,
+    x: Tensor,
+    alpha: Tensor,
+    delta: Tensor,
+    theta: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    h0: Tensor | None,
+    rotate_input: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dalpha, ddelta, dtheta, dgamma, domega, dh0. States inside the sequence are made again, not stored."""
+    with without_autocast(x):
+        c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
+        dtype, whole = compute_dtype(x, alpha), _split(x.shape[1])
+        h, dh = _start(x, alpha, h0), _start(x, alpha, dh_last)
+        dxs, total = [], None
+        rest = x.shape[1] - whole
+        whole_tables = blocks.make_tables(c, omega[:, 0], blocks.BLOCK, dtype) if whole else None
+        if rest:
+            h_rest = h if whole_tables is None else blocks.slice_state(x[:, :whole], h, whole_tables)
+            rest_tables = blocks.make_tables(c, omega[:, 0], rest, dtype)
+            dx, dh, total = blocks.slice_backward(dy[:, whole:], dh, x[:, whole:], h_rest, c, rest_tables)
+            dxs.insert(0, dx)
+        if whole_tables is not None:
+            dx, dh, grads = blocks.slice_backward(dy[:, :whole], dh, x[:, :whole], h, c, whole_tables)
+            total = grads if total is None else grads + total
+            dxs.insert(0, dx)
+        assert total is not None  # L >= 1
+        dalpha, ddelta, dtheta, dgamma = blocks.parameter_grads(c, total)
+        parameter_grads = (dalpha, ddelta, dtheta, dgamma, total.omega.unsqueeze(-1))
+        return (
+            dxs[0] if len(dxs) == 1 else torch.cat(dxs, 1),
+            *(grad.to(alpha.dtype) for grad in parameter_grads),
+            _to_state(dh, alpha.dtype),
+        )
+
+
+@_cema_op.register_fake
+def _(x, alpha, delta, theta, gamma, omega, h0, rotate_input):
+    return x.new_empty(x.shape), alpha.new_empty(x.shape[0], x.shape[2], alpha.shape[1], 2)
+
+
+@_cema_backward_op.register_fake
+def _(dy, dh_last, x, alpha, delta, theta, gamma, omega, h0, rotate_input):
+    parameters = (p.new_empty(p.shape) for p in (alpha, delta, theta, gamma, omega))
+    return x.new_empty(x.shape), *parameters, alpha.new_empty(x.shape[0], x.shape[2], alpha.shape[1], 2)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    *tensors, rotate_input = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.rotate_input = rotate_input
+
+
+def _backward(ctx, dy: Tensor | None, dh_last: Tensor | None):
+    x, alpha, delta, theta, gamma, omega, h0 = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    *grads, dh0 = _cema_backward_op(dy, dh_last, x, alpha, delta, theta, gamma, omega, h0, ctx.rotate_input)
+    return *grads, (dh0 if h0 is not None else None), None
+
+
+_cema_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.megalodon.cema)
+def _flops(x_shape, alpha_shape, *args, **kwargs) -> int:
+    return cema_flops(x_shape[0] * x_shape[1], x_shape[2], alpha_shape[1])
+
+
+@register_flop_formula(torch.ops.megalodon.cema_backward)
+def _backward_flops(dy_shape, dh_shape, x_shape, alpha_shape, *args, **kwargs) -> int:
+    return 2 * cema_flops(x_shape[0] * x_shape[1], x_shape[2], alpha_shape[1])

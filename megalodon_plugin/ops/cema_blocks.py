@@ -1,0 +1,224 @@
+"""CEMA by blocks: matrix products over blocks of T steps and a scan over the blocks.
+
+Per channel four small tables follow from the coefficients p (input), q (transition), g (output), each complex (N,):
+
+    k_l     = Re sum_n p g q^l       l < T     what happens inside a block (plus omega at l = 0)
+    C_{n,t} = g q^{t+1}                        what an incoming state adds to step t
+    S_{n,t} = p q^{T-1-t}                      what step t leaves in the outgoing state
+    A_n     = q^T                              what is left of the incoming state
+
+Forward, block b:   y = Toeplitz(k) x_b + Re sum_n C_n h_b,      h_{b+1} = A h_b + S x_b.
+Backward, with lam_b the gradient of the state that leaves block b (the last one is the gradient of the returned
+state):   lam_{b-1} = conj(A) lam_b + sum_t conj(C_t) dy_t,   dx = Toeplitz(k)^T dy + Re(conj(S) lam_b),
+dk_l = the l-th diagonal's sum of sum_b x_b dy_b^T,   dC = sum dy_t conj(h_b),   dS = sum lam_b x_t,
+dA = sum lam_b conj(h_b).
+
+Nothing of size L*D*N is stored: the states at the block edges are 2N/T of an activation. The tables are made in
+float64 (they hold D*N*T numbers, and the phase of q^t is lost in float32 long before t = 1000) and rounded once.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # steps: the products inside a block cost T, those with the state 4N multiply-adds an element; N is 16
+
+
+class Coefficients(NamedTuple):
+    """p, log q and g of every channel and order, complex128 (D, N), and what their gradients need."""
+
+    p: Tensor
+    log_q: Tensor
+    g: Tensor
+    a: Tensor  # sigmoid(alpha), float64 (D, N)
+    d: Tensor  # sigmoid(delta), float64 (D, N)
+    f: Tensor  # sigmoid(theta), float64 (D, 1)
+    steps: Tensor  # 2 pi n / N for n = 1..N, float64 (N,)
+    rotate_input: bool
+
+
+class CoefficientGrads(NamedTuple):
+    """Gradients of p, log q and g, complex128 (D, N), and of omega, float64 (D,). They add up over slices of time."""
+
+    p: Tensor
+    log_q: Tensor
+    g: Tensor
+    omega: Tensor
+
+    def __add__(self, other: "CoefficientGrads") -> "CoefficientGrads":  # type: ignore[override]
+        return CoefficientGrads(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, rotate_input: bool) -> Coefficients:
+    """Coefficients from the parameters alpha, delta (D, N, 1), theta (D, 1, 1), gamma (D, N, 2)."""
+    order = alpha.shape[1]
+    a = torch.sigmoid(alpha.squeeze(-1).double())
+    d = torch.sigmoid(delta.squeeze(-1).double())
+    f = torch.sigmoid(theta.squeeze(-1).double())
+    steps = torch.arange(1, order + 1, dtype=torch.float64, device=alpha.device) * (2 * math.pi / order)
+    angle = f * steps  # (D, N)
+    # |q| = 1 - a d may round to 0 when both saturate; its logarithm must stay finite.
+    log_decay = torch.log1p(-(a * d).clamp(max=1 - 1e-15))
+    p = torch.polar(a, angle) if rotate_input else torch.complex(a, torch.zeros_like(a))
+    g = torch.view_as_complex(gamma.double().contiguous()) * math.sqrt(1 / order)
+    return Coefficients(p, torch.complex(log_decay, angle), g, a, d, f, steps, rotate_input)
+
+
+def parameter_grads(c: Coefficients, grads: CoefficientGrads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From gradients of p, log q and g to those of alpha, delta, theta and gamma, in the parameters' shapes."""
+    order = c.a.shape[1]
+    da = -grads.log_q.real * c.d / (1 - c.a * c.d).clamp(min=1e-15)
+    dd = -grads.log_q.real * c.a / (1 - c.a * c.d).clamp(min=1e-15)
+    dangle = grads.log_q.imag
+    if c.rotate_input:
+        turn = torch.polar(torch.ones_like(c.a), c.log_q.imag)
+        da = da + (turn.conj() * grads.p).real
+        dangle = dangle + ((1j * c.p).conj() * grads.p).real
+    else:
+        da = da + grads.p.real
+    dtheta = (dangle * c.steps).sum(-1, keepdim=True) * c.f * (1 - c.f)
+    dalpha = da * c.a * (1 - c.a)
+    ddelta = dd * c.d * (1 - c.d)
+    dgamma = torch.view_as_real(grads.g * math.sqrt(1 / order))
+    return dalpha.unsqueeze(-1), ddelta.unsqueeze(-1), dtheta.unsqueeze(-1), dgamma
+
+
+class Tables(NamedTuple):
+    """The tables of one block length T in the compute dtype; complex ones as (real, imaginary) rows for products."""
+
+    powers: Tensor  # q^0 .. q^T, complex128 (D, N, T+1)
+    toeplitz: Tensor  # [s, t] = k_{t-s} for t >= s, (D, T, T)
+    out: Tensor  # rows Re C, -Im C, so that [Re h, Im h] @ out = Re(C h), (D, 2N, T)
+    into: Tensor  # columns Re S, Im S, (D, T, 2N)
+    log_a: Tensor  # log A = T log q, complex128 (D, N)
+
+
+def make_tables(c: Coefficients, omega: Tensor, block: int, dtype: torch.dtype) -> Tables:
+    """Tables for blocks of `block` steps; omega (D,) joins k_0."""
+    lags = torch.arange(block + 1, dtype=torch.float64, device=c.p.device)
+    powers = torch.exp(c.log_q.unsqueeze(-1) * lags)  # (D, N, T+1)
+    kernel = torch.einsum("dn,dnl->dl", c.p * c.g, powers[..., :-1]).real.clone()  # (D, T)
+    kernel[:, 0] += omega.double()
+    steps = torch.arange(block, device=c.p.device)
+    lag = steps - steps.unsqueeze(1)  # [s, t] = t - s
+    toeplitz = kernel.to(dtype)[:, lag.clamp(min=0)] * (lag >= 0)
+    out = c.g.unsqueeze(-1) * powers[..., 1:]  # C, (D, N, T)
+    into = (c.p.unsqueeze(-1) * powers[..., :-1]).flip(-1).transpose(1, 2)  # S, (D, T, N)
+    return Tables(
+        powers,
+        toeplitz,
+        torch.cat([out.real, -out.imag], 1).to(dtype),
+        torch.cat([into.real, into.imag], 2).to(dtype),
+        c.log_q * block,
+    )
+
+
+def table_grads(c: Coefficients, t: Tables, d_toeplitz: Tensor, d_out: Tensor, d_into: Tensor, d_a: Tensor):
+    """Gradients of the coefficients from those of the tables (shapes as in `Tables`; d_a complex (D, N))."""
+    order, block = c.p.shape[1], d_toeplitz.shape[1]
+    # Sum every diagonal: flip the rows, pad to width 2T, drop T numbers and reshape to width 2T-1. Each row then
+    # starts one column further on, so lag l lands in column T-1+l. No atomics, so the sum has one fixed order.
+    skewed = torch.nn.functional.pad(d_toeplitz.flip(1), (0, block)).flatten(1)[:, :-block]
+    d_kernel = skewed.unflatten(1, (block, 2 * block - 1)).sum(1)[:, block - 1 :].double()  # (D, T)
+    d_c = torch.complex(d_out[:, :order].double(), -d_out[:, order:].double())  # (D, N, T)
+    d_s = torch.complex(d_into[..., :order].double(), d_into[..., order:].double()).transpose(1, 2).flip(-1)
+    inner, outer = t.powers[..., :-1].conj(), t.powers[..., 1:].conj()  # conj q^l for l < T and for 1 <= l <= T
+    d_pg = torch.einsum("dnl,dl->dn", inner, d_kernel.to(inner.dtype))
+    d_p = c.g.conj() * d_pg + (inner * d_s).sum(-1)
+    d_g = c.p.conj() * d_pg + (outer * d_c).sum(-1)
+    d_powers = torch.zeros_like(t.powers)
+    d_powers[..., :-1] = (c.p * c.g).conj().unsqueeze(-1) * d_kernel.unsqueeze(1) + c.p.conj().unsqueeze(-1) * d_s
+    d_powers[..., 1:] += c.g.conj().unsqueeze(-1) * d_c
+    d_powers[..., -1] += d_a
+    lags = torch.arange(block + 1, dtype=torch.float64, device=c.p.device)
+    d_log_q = (t.powers.conj() * d_powers * lags).sum(-1)
+    return CoefficientGrads(d_p, d_log_q, d_g, d_kernel[:, 0])
+
+
+def scan(u: Tensor, log_a: Tensor) -> Tensor:
+    """s_b = A s_{b-1} + u_b with s_{-1} = 0, over dimension -2, by pairs: work O(blocks), depth O(log blocks).
+
+    u complex (D, B, blocks, N); log_a = log A, complex128 (D, N), from which every A^(2^j) is made afresh, so that
+    squaring does not pile up rounding.
+    """
+    blocks = u.shape[-2]
+    if blocks == 1:
+        return u
+    a = torch.exp(log_a).to(u.dtype)[:, None, None]  # (D, 1, 1, N)
+    even, odd = u[..., 0::2, :], u[..., 1::2, :]
+    pairs = odd.shape[-2]
+    s = torch.empty_like(u)
+    s[..., 1::2, :] = scan(torch.addcmul(odd, a, even[..., :pairs, :]), 2 * log_a)
+    s[..., 0, :] = u[..., 0, :]
+    s[..., 2::2, :] = torch.addcmul(even[..., 1:, :], a, s[..., 1 : blocks - 1 : 2, :])
+    return s
+
+
+def to_blocks(x: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """(B, L, D) -> (D, B * L/T, T)"""
+    return x.to(dtype).permute(2, 0, 1).reshape(x.shape[2], -1, block)
+
+
+def from_blocks(y: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """(D, B * L/T, T) -> (B, L, D)"""
+    return y.reshape(y.shape[0], batch, -1).permute(1, 2, 0).to(dtype).contiguous()
+
+
+def to_pairs(z: Tensor) -> Tensor:
+    """complex (D, B, blocks, N) -> real (D, B * blocks, 2N), real parts first."""
+    return torch.cat([z.real, z.imag], -1).flatten(1, 2)
+
+
+def to_complex(z: Tensor, batch: int) -> Tensor:
+    """real (D, B * blocks, 2N) -> complex (D, B, blocks, N)"""
+    z = z.unflatten(1, (batch, -1))
+    order = z.shape[-1] // 2
+    return torch.complex(z[..., :order].contiguous(), z[..., order:].contiguous())
+
+
+def _states_before(xb: Tensor, h: Tensor, t: Tables, batch: int) -> tuple[Tensor, Tensor]:
+    """States that enter every block, complex (D, B, blocks, N), and the one that leaves the last, (D, B, N)."""
+    u = to_complex(torch.bmm(xb, t.into), batch)
+    u[:, :, 0] += torch.exp(t.log_a).to(u.dtype)[:, None] * h
+    after = scan(u, t.log_a)
+    return torch.cat([h.unsqueeze(2), after[:, :, :-1]], 2), after[:, :, -1]
+
+
+def slice_forward(x: Tensor, h: Tensor, t: Tables) -> tuple[Tensor, Tensor]:
+    """x (B, L, D) with T | L and the complex state h (D, B, N) before it -> y (B, L, D) and the state after it."""
+    batch = x.shape[0]
+    xb = to_blocks(x, t.toeplitz.shape[1], t.toeplitz.dtype)
+    before, h_last = _states_before(xb, h, t, batch)
+    y = torch.baddbmm(torch.bmm(xb, t.toeplitz), to_pairs(before), t.out)
+    return from_blocks(y, batch, x.dtype), h_last
+
+
+def slice_state(x: Tensor, h: Tensor, t: Tables) -> Tensor:
+    """The state after a slice, as `slice_forward` has it, without the output."""
+    return _states_before(to_blocks(x, t.toeplitz.shape[1], t.toeplitz.dtype), h, t, x.shape[0])[1]
+
+
+def slice_backward(dy: Tensor, dh_last: Tensor, x: Tensor, h: Tensor, c: Coefficients, t: Tables):
+    """Gradients of `slice_forward`: dx (B, L, D), dh complex (D, B, N), and those of the coefficients."""
+    batch, block, dtype = x.shape[0], t.toeplitz.shape[1], t.toeplitz.dtype
+    xb, dyb = to_blocks(x, block, dtype), to_blocks(dy, block, dtype)
+    before, _ = _states_before(xb, h, t, batch)
+    # The state's gradient runs backwards by the same scan: what enters is dh_last, what each block adds is conj(C) dy.
+    added = to_complex(torch.bmm(dyb, t.out.transpose(1, 2)), batch)
+    conj_log_a = t.log_a.conj()
+    entering = torch.cat([dh_last.unsqueeze(2), added[:, :, 1:].flip(2)], 2)
+    lam = scan(entering, conj_log_a).flip(2)  # (D, B, blocks, N), the gradient of the state that leaves each block
+    dh = torch.exp(conj_log_a).to(lam.dtype)[:, None] * lam[:, :, 0] + added[:, :, 0]
+    lam_pairs = to_pairs(lam)
+    dx = torch.baddbmm(torch.bmm(dyb, t.toeplitz.transpose(1, 2)), lam_pairs, t.into.transpose(1, 2))
+    grads = table_grads(
+        c,
+        t,
+        torch.bmm(xb.transpose(1, 2), dyb),
+        torch.bmm(to_pairs(before).transpose(1, 2), dyb),
+        torch.bmm(xb.transpose(1, 2), lam_pairs),
+        (lam * before.conj()).sum((1, 2)).to(c.p.dtype),
+    )
+    return from_blocks(dx, batch, x.dtype), dh, grads
