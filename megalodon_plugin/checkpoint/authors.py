@@ -67,7 +67,7 @@ def from_authors(state_dict: Mapping[str, Tensor], config: MegalodonConfig | Non
 def to_authors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The released code's state dict from ours: its parameters, without its constant buffers.
 
-    Their loader makes the buffers (`rope.freqs`, `prior_*`) from the configuration; load with strict=False, or add them.
+    Their code makes the buffers (`rope.freqs`, `prior_*`) from its configuration: load with strict=False, or add them.
 
     Raises:
         ValueError: the state dict is empty or has a name that is not ours.

@@ -1,7 +1,8 @@
 """The Megalodon model in plain PyTorch: no host, no ranks."""
 
 from .config import PRESETS, MegalodonConfig
+from .generate import generate
 from .model import Megalodon
 from .state import LayerState, MegalodonState
 
-__all__ = ["PRESETS", "LayerState", "Megalodon", "MegalodonConfig", "MegalodonState"]
+__all__ = ["PRESETS", "LayerState", "Megalodon", "MegalodonConfig", "MegalodonState", "generate"]

@@ -78,7 +78,7 @@ class MegalodonAttention(nn.Module):
     def with_state(
         self, x: Tensor, state: LayerState | None, position: Tensor | None, return_state: bool
     ) -> tuple[Tensor, LayerState | None]:
-        """The block on a piece (B, L, D) after `state`, with `position` (B,) timesteps before it (None: at the start)."""
+        """The block on a piece (B, L, D) after `state`; `position` (B,) timesteps come before it (None: none do)."""
         cfg = self.cfg
         t, norm_state = self.timestep_norm(x, None if state is None else state.norm)
         e, h = self.cema(t, None if state is None else state.h, return_state)
@@ -93,7 +93,8 @@ class MegalodonAttention(nn.Module):
             cache = (first_cache(k, cfg.chunk_size), first_cache(v, cfg.chunk_size)) if return_state else None
         else:
             assert position is not None
-            attended, *cache = attend_after_cache(q, k, v, state.k, state.v, position)
+            attended, new_k, new_v = attend_after_cache(q, k, v, state.k, state.v, position)
+            cache = (new_k, new_v)
         gated = self._hidden_dropout(attended.flatten(2) * r)
         out = x + F.dropout(self.wh1(m) + self.wh2(gated), cfg.dropout, self.training)
         if not return_state:

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def init_linear(linear: nn.Linear, mode: str) -> None:
-    """Weight by `mode`: "he" normal with std 1/sqrt(3 fan_in), "bert" normal with std 0.02, "xavier" uniform. Bias 0."""
+    """Weight by `mode`: "he" normal of std 1/sqrt(3 fan_in), "bert" normal of std 0.02, "xavier" uniform. Bias 0."""
     if mode == "he":
         nn.init.normal_(linear.weight, std=1 / math.sqrt(3 * linear.in_features))
     elif mode == "bert":

@@ -22,9 +22,10 @@ class Rotary(nn.Module):
         self.register_buffer("table", self._make_table(torch.get_default_device(), dtype), persistent=False)
 
     def _make_table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
-        # Frequencies are rounded to float32, as the authors' are; the angles keep float64 until the end.
-        frequencies = (1.0 / self.theta**exponents).float().double()
+        # Exponent, power and reciprocal are each rounded to float32, as in the authors' code; the angles keep float64
+        # until the end. The power itself is taken in float64: machines differ in the last bit of a float32 one.
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        frequencies = (1.0 / (self.theta ** exponents.double()).float()).double()
         positions = torch.arange(self.chunk_size, dtype=torch.float64, device=device)
         angles = torch.outer(positions, frequencies)
         return torch.stack([angles.cos(), angles.sin()], -1).to(dtype)

@@ -64,7 +64,7 @@ def cema_definition(
     return_state: bool = False,
     cema_input: str = "released",
 ) -> tuple[Tensor, Tensor | None]:
-    """`cema` as its equation reads: a loop over time in the dtype of the parameters. The contract of every fast path."""
+    """`cema` as its equation reads: a loop over time, in the parameters' dtype. The contract of every fast path."""
     _check(x, alpha, delta, theta, gamma, omega, h0, cema_input)
     dtype = compute_dtype(x, alpha)
     order = alpha.shape[1]
@@ -169,7 +169,8 @@ def _cema_backward_op(
         c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
         dtype, whole = compute_dtype(x, alpha), _split(x.shape[1])
         h, dh = _start(x, alpha, h0), _start(x, alpha, dh_last)
-        dxs, total = [], None
+        dxs: list[Tensor] = []
+        total = None
         rest = x.shape[1] - whole
         whole_tables = blocks.make_tables(c, omega[:, 0], blocks.BLOCK, dtype) if whole else None
         if rest:
@@ -183,10 +184,13 @@ def _cema_backward_op(
             dxs.insert(0, dx)
         assert total is not None  # L >= 1
         dalpha, ddelta, dtheta, dgamma = blocks.parameter_grads(c, total)
-        parameter_grads = (dalpha, ddelta, dtheta, dgamma, total.omega.unsqueeze(-1))
         return (
             dxs[0] if len(dxs) == 1 else torch.cat(dxs, 1),
-            *(grad.to(alpha.dtype) for grad in parameter_grads),
+            dalpha.to(alpha.dtype),
+            ddelta.to(alpha.dtype),
+            dtheta.to(alpha.dtype),
+            dgamma.to(alpha.dtype),
+            total.omega.unsqueeze(-1).to(alpha.dtype),
             _to_state(dh, alpha.dtype),
         )
 

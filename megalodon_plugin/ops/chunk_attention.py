@@ -20,7 +20,8 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
     """Causal attention inside chunks; equation at the head of this module.
 
     Args:
-        q, k: (B, L, H, E), already normalised, scaled and rotated. v: (B, L, H, F). One dtype: bfloat16, float32, float64.
+        q, k: (B, L, H, E), already normalised, scaled and rotated. v: (B, L, H, F).
+            One dtype: bfloat16, float32 or float64.
         chunk_size: C >= 1. Chunks start at multiples of C; the last may be short.
 
     Returns:
@@ -180,9 +181,10 @@ _attention_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 @register_flop_formula(torch.ops.megalodon.chunk_attention)
 def _flops(q_shape, k_shape, v_shape, chunk_size, *args, **kwargs) -> int:
-    return chunk_attention_flops(*q_shape, v_shape[-1], chunk_size)
+    batch, length, heads, qk_dim = q_shape
+    return chunk_attention_flops(batch, length, heads, qk_dim, v_shape[3], chunk_size)
 
 
 @register_flop_formula(torch.ops.megalodon.chunk_attention_backward)
 def _backward_flops(dout_shape, q_shape, k_shape, v_shape, out_shape, sum_shape, chunk_size, *args, **kwargs) -> int:
-    return 2 * chunk_attention_flops(*q_shape, v_shape[-1], chunk_size)
+    return 2 * _flops(q_shape, k_shape, v_shape, chunk_size)

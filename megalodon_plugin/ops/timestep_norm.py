@@ -23,7 +23,7 @@ class NormState(NamedTuple):
     They are float64 in a float64 model. At count 0 mean and var do not matter.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nothing here needs
     mean: Tensor
     var: Tensor
 
@@ -75,12 +75,14 @@ def timestep_norm_definition(
     batch, length, dim = x.shape
     if state is None:
         state = empty_norm_state(batch, num_groups, weight.dtype, x.device)
-    count, mean, var = state.count, state.mean.to(dtype), state.var.to(dtype)
+    started = (state.count > 0).unsqueeze(-1)
+    count = state.count
+    mean, var = (torch.where(started, s.to(dtype), 0) for s in (state.mean, state.var))
     gain, shift = weight.to(dtype) + 1, bias.to(dtype)
     outputs = []
     for t in range(length):
-        x_t = x[:, t].to(dtype).view(batch, num_groups, -1)  # (B, G, D/G)
         valid = x.new_ones(batch, dtype=torch.bool) if padding_mask is None else ~padding_mask[:, t]
+        x_t = torch.where(valid.unsqueeze(-1), x[:, t].to(dtype), 0).view(batch, num_groups, -1)  # (B, G, D/G)
         count = count + valid
         c = (1 / count.clamp(min=1).to(dtype)).unsqueeze(-1)  # (B, 1)
         group_var, group_mean = torch.var_mean(x_t, -1, correction=0)

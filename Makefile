@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer:
+#   make quickstart    make a .venv, install, train a small Megalodon on the CPU, sample from it
+#   make test          the whole test suite, with the linter and the type checker
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A build of torch that the machine can use. Plain PyPI brings CUDA with it; set TORCH="torch" on a GPU machine.
+TORCH ?= torch==2.13.0
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test lint types install clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m megalodon_plugin.cli.quickstart
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info

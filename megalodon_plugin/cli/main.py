@@ -1,0 +1,73 @@
+"""The console command `megalodon`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and call the command."""
+    parser = argparse.ArgumentParser(prog="megalodon", description="Train and use Megalodon models under torchtitan.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train from a TOML file (starts torchrun)",
+        description="Train from a TOML file. Further options are torchtitan's, such as --training.steps 100.",
+    )
+    train.add_argument("config", type=Path, help="the TOML file")
+    train.add_argument("--nproc", type=int, default=1, help="processes on this machine, one a device (default 1)")
+
+    generate = commands.add_parser("generate", help="continue a text from a checkpoint")
+    generate.add_argument("checkpoint", type=Path, help="a step-N folder that training wrote")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    generate.add_argument("--seed", type=int, default=0)
+
+    plot = commands.add_parser("plot", help="draw the losses of a run")
+    plot.add_argument("run", type=Path, help="the job's dump folder")
+
+    known, rest = parser.parse_known_args(arguments)
+    if known.command != "train" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if known.command == "train":
+            start_training(known.config, known.nproc, rest)
+        elif known.command == "generate":
+            from .generate import generate_from_checkpoint
+
+            generate_from_checkpoint(
+                known.checkpoint, known.prompt, known.max_new_tokens, known.temperature, known.seed, sys.stdout
+            )
+        else:
+            from .plot import plot_run
+
+            print(plot_run(known.run))
+    except ValueError as error:
+        sys.exit(f"megalodon {known.command}: {error}")
+
+
+def start_training(config: Path, nproc: int, options: list[str]) -> None:
+    """Replace this process by torchrun on the plugin's entry."""
+    command = training_command(config, nproc, options)
+    os.execv(command[0], command)
+
+
+def training_command(config: Path, nproc: int, options: list[str]) -> list[str]:
+    """The command line that trains.
+
+    Raises:
+        ValueError: the file does not exist, or the number of processes is not positive.
+    """
+    if not config.is_file():
+        raise ValueError(f"the configuration file must exist, but {config} does not")
+    if nproc < 1:
+        raise ValueError(f"`--nproc` must be at least 1, but is {nproc}")
+    torchrun = ["--standalone", "--nproc_per_node", str(nproc), "-m", "megalodon_plugin.cli.train"]
+    return [sys.executable, "-m", "torch.distributed.run", *torchrun, "--job.config_file", str(config), *options]
+
+
+if __name__ == "__main__":
+    main()

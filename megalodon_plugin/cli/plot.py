@@ -1,0 +1,70 @@
+"""`megalodon plot`: the losses of a run as a picture and as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+LOSS = {"train": "loss_metrics/global_avg_loss", "validation": "validation_metrics/loss"}
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's `metrics.jsonl`; of several of one kind and step the last.
+
+    Raises:
+        ValueError: there is no such file, or it holds no record.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"the run's folder must hold `metrics.jsonl`, but {run} does not")
+    records: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be cut
+        records[record["kind"], record["step"]] = record
+    if not records:
+        raise ValueError(f"{path} must hold at least one record, but is empty")
+    return sorted(records.values(), key=lambda record: record["step"])
+
+
+def losses(records: list[dict[str, Any]], kind: str) -> tuple[list[int], list[float]]:
+    """Steps and losses of one kind, "train" or "validation"."""
+    chosen = [record for record in records if record["kind"] == kind]
+    return [record["step"] for record in chosen], [record[LOSS[kind]] for record in chosen]
+
+
+def plot_run(run: Path, levels: dict[str, float] | None = None) -> Path:
+    """Draw `loss.png` in the run's folder, with the numbers in `loss.json` beside it.
+
+    Args:
+        run: the job's dump folder.
+        levels: horizontal lines to compare with, label -> loss.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(run)
+    levels = levels or {}
+    curves = {kind: losses(records, kind) for kind in LOSS}
+    figure, axes = plt.subplots(figsize=(8, 5))
+    axes.plot(*curves["train"], color="tab:blue", linewidth=1.2, label="training")
+    if curves["validation"][0]:
+        axes.plot(*curves["validation"], color="tab:red", marker="o", markersize=4, label="validation")
+    for label, value in levels.items():
+        axes.axhline(value, color="0.6", linewidth=1, linestyle="--")
+        axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    everything = [*curves["train"][1], *curves["validation"][1], *levels.values()]
+    axes.set_ylim(min(everything) - 0.15, min(max(everything), 2.5 * sorted(everything)[len(everything) // 2]))
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{run.name}: loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    picture = run / "loss.png"
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+    numbers = {kind: [{"step": s, "loss": v} for s, v in zip(*curve, strict=True)] for kind, curve in curves.items()}
+    (run / "loss.json").write_text(json.dumps(numbers | {"levels": levels}, indent=1) + "\n")
+    return picture

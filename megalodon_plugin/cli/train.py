@@ -1,0 +1,21 @@
+"""The plugin's own entry to torchtitan, one process a device:
+
+    python -m torch.distributed.run --nproc_per_node N -m megalodon_plugin.cli.train --job.config_file CONFIG.toml
+
+The same options as `-m torchtitan.train`. It also runs on machines without a GPU and carries what needs a Trainer of
+the plugin's.
+"""
+
+
+def main() -> None:
+    """Train as the TOML file and the command line say."""
+    import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
+    from megalodon_plugin.titan.trainer import MegalodonTrainer
+
+    import torchtitan.train
+
+    torchtitan.train.main(MegalodonTrainer)
+
+
+if __name__ == "__main__":
+    main()

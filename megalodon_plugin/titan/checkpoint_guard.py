@@ -1,0 +1,92 @@
+"""Looks at a job's checkpoints before the host loads one.
+
+The host takes the latest folder with complete metadata, but counts half-written ones among those it keeps, does not
+check an explicit step, and reports another model's checkpoint deep inside the loading.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torchtitan.tools.logging import logger
+
+_STEP = re.compile(r"^step-(\d+)$")
+# What a complete checkpoint holds: the host's own format, or safetensors.
+_COMPLETE = (".metadata", "model.safetensors.index.json", "model.safetensors")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the last file that saving writes is there."""
+    return any((folder / name).is_file() for name in _COMPLETE)
+
+
+def remove_incomplete(checkpoint_folder: Path) -> list[Path]:
+    """Delete the `step-N` folders that a killed run left half-written; nothing could ever be loaded from them."""
+    if not checkpoint_folder.is_dir():
+        return []
+    steps = sorted(path for path in checkpoint_folder.iterdir() if path.is_dir() and _STEP.match(path.name))
+    broken = [path for path in steps if not is_complete(path)]
+    for path in broken:
+        logger.warning(f"Deleting the half-written checkpoint {path}")
+        shutil.rmtree(path)
+    return broken
+
+
+def checkpoint_to_load(job_config: Any) -> Path | None:
+    """The folder that the host will load for this job, None if it starts afresh.
+
+    Raises:
+        ValueError: `checkpoint.load_step` names a step without a complete checkpoint.
+    """
+    checkpoint = job_config.checkpoint
+    if not checkpoint.enable:
+        return None
+    folder = Path(job_config.job.dump_folder) / checkpoint.folder
+    if not folder.exists():
+        return Path(checkpoint.initial_load_path) if checkpoint.initial_load_path else None
+    steps = {int(m.group(1)): path for path in folder.iterdir() if (m := _STEP.match(path.name)) and is_complete(path)}
+    if checkpoint.load_step != -1:
+        if checkpoint.load_step not in steps:
+            raise ValueError(
+                f"`checkpoint.load_step` must name a complete checkpoint in {folder} (there are "
+                f"{sorted(steps) or 'none'}), but is {checkpoint.load_step}"
+            )
+        return steps[checkpoint.load_step]
+    return steps[max(steps)] if steps else None
+
+
+def saved_tensors(checkpoint: Path) -> dict[str, torch.Size] | None:
+    """Names and shapes of the tensors in a checkpoint of the host's format; None for another format."""
+    if not (checkpoint / ".metadata").is_file():
+        return None
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def check_fits(checkpoint: Path, saved: Mapping[str, torch.Size], model_parts: list[torch.nn.Module]) -> None:
+    """Raise ValueError, with both shapes, when the checkpoint is one of another configuration."""
+    for part in model_parts:
+        for name, parameter in part.named_parameters():
+            name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+            if name not in saved:
+                raise ValueError(
+                    f"the checkpoint {checkpoint} is one of another configuration: it lacks `{name}` of shape "
+                    f"{tuple(parameter.shape)}"
+                )
+            if saved[name] != parameter.shape:
+                raise ValueError(
+                    f"the checkpoint {checkpoint} is one of another configuration: `{name}` has shape "
+                    f"{tuple(saved[name])} there, but {tuple(parameter.shape)} in this model"
+                )
+    layers = [int(m.group(1)) for name in saved if (m := re.match(r"layers\.(\d+)\.", name))]
+    n_layers = model_parts[0].cfg.n_layers  # type: ignore[union-attr]
+    if layers and max(layers) + 1 != n_layers:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is one of another configuration: it has {max(layers) + 1} layers, but "
+            f"`n_layers` is {n_layers}"
+        )

@@ -1,0 +1,64 @@
+"""Sections that the plugin adds to torchtitan's TOML: `[megalodon]` and `[data]`.
+
+Named in the TOML as `[job] custom_config_module = "megalodon_plugin.titan.job_config"`; the host merges the JobConfig
+below into its own. (No `from __future__ import annotations` here: the merge needs real types.)
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+
+from megalodon_plugin.model import MegalodonConfig
+
+WEIGHT_DECAY_ON = ("all", "matrices")
+
+
+@dataclass
+class TrainingOptions:
+    """Options of `[megalodon]` that are not the model's."""
+
+    weight_decay_on: str = "all"
+    """Where weight decay falls: "all" parameters, as in the authors' recipe, or "matrices" only, which leaves out norms,
+    biases and CEMA."""
+
+
+# Every option of the model by its name, None where the flavor decides.
+Megalodon = dataclasses.make_dataclass(
+    "Megalodon",
+    [(f.name, f.type | None, None) for f in dataclasses.fields(MegalodonConfig)],  # type: ignore[operator]
+    bases=(TrainingOptions,),
+    namespace={"__module__": __name__},
+)
+Megalodon.__doc__ = "`[megalodon]`: overrides of the flavor's model options by name, and `weight_decay_on`."
+
+
+@dataclass
+class Data:
+    """`[data]`: the plugin's own data sets, `local_text` and `python_stdlib`."""
+
+    seed: int = 0
+    """Decides the order of the text and which part of it is held out."""
+    validation_fraction: float = 0.0
+    """Share of the text held out for validation when training and validation name the same data."""
+    broken_lines: str = "error"
+    """What a broken line of a .jsonl file does: "error" or "skip" (counted and told)."""
+    text_field: str = "text"
+    """Field of a .jsonl line that holds the text."""
+
+
+@dataclass
+class JobConfig:
+    """The plugin's part of the job's configuration."""
+
+    megalodon: Megalodon = field(default_factory=Megalodon)  # type: ignore[valid-type]
+    data: Data = field(default_factory=Data)
+
+
+class _NoPathWarningForNames(logging.Filter):
+    """Keeps the host from warning that `model.hf_assets_path` does not exist when it is the name of a tokenizer."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.getMessage() != "HF assets path byte does not exist!"
+
+
+logging.getLogger().addFilter(_NoPathWarningForNames())

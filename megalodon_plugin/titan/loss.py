@@ -1,0 +1,31 @@
+"""The host's cross-entropy with a factor that can be set before the backward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.components.loss import build_cross_entropy_loss
+
+
+class ScaledLoss:
+    """Sum of the tokens' cross-entropies times `scale`.
+
+    Under pipeline parallelism the schedule runs the backward pass inside, on whatever this returns; the host divides by
+    the token count only afterwards, which leaves the gradients undivided (torchtitan #2972). So the plugin's Trainer
+    sets `scale` to 1 / tokens for the step.
+    """
+
+    def __init__(self, loss_fn: Any):
+        self.loss_fn = loss_fn
+        self.scale: Tensor | float = 1.0
+
+    def __call__(self, pred: Tensor, labels: Tensor) -> Tensor:
+        loss = self.loss_fn(pred, labels)
+        return loss if isinstance(self.scale, float) and self.scale == 1.0 else loss * self.scale
+
+
+def build_loss(job_config: Any, **kwargs: Any) -> ScaledLoss:
+    """`build_loss_fn` of the train spec."""
+    return ScaledLoss(build_cross_entropy_loss(job_config, **kwargs))
+
+

@@ -1,0 +1,212 @@
+"""Rows of tokens: which text the n-th row of a run holds, and how far each lane of the corpus has been read.
+
+Training text is read in K *lanes*. Lane k is the endless stream of the units `order(epoch)[k::K]`, epoch after epoch,
+tokenised, each document between its begin and end tokens. Its j-th row is tokens [j * seq_len, (j + 1) * seq_len + 1)
+of that stream: consecutive rows share one token, which is a label in the first and an input in the second, so that
+each token is input once and label once. Row n of the run is row n // K of lane n % K. K depends on the corpus alone, so
+row n depends on the seed and n alone, and R ranks that divide K among them read and tokenise a share each.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torchtitan.components.tokenizer import BaseTokenizer
+
+from .text_files import MIB, Unit, hash_of
+from .text_reader import TextReader
+
+# Multiples of many numbers of ranks. 16 comes before 12: a large corpus gets as many lanes as memory allows, and there
+# powers of two are what ranks come in.
+LANE_COUNTS = (3840, 1920, 960, 480, 240, 120, 60, 48, 24, 16, 12, 8, 4, 2, 1)
+UNITS_PER_LANE = 4
+# What the lanes together may hold of text that has been read and not been used yet.
+LANES_BYTES = 256 * MIB
+# A lane may draw units without a line of text for an epoch; several times in a row means that there is none.
+MOST_EMPTY_EPOCHS = 4
+
+
+class Cursor(NamedTuple):
+    """Place of a lane's next token: epoch, unit in the lane's order of that epoch, token in that unit's stream."""
+
+    epoch: int
+    unit: int
+    token: int
+
+
+@dataclass
+class Segment:
+    """Consecutive tokens (int32) of one unit, and the place of the first."""
+
+    at: Cursor
+    tokens: np.ndarray
+
+
+def lane_count(units: Sequence[Unit], piece_bytes: int) -> int:
+    """K: at least 4 units for a lane, and at most 256 MiB of text open in all lanes together.
+
+    A lane has one piece of a unit in memory. The mean over units is weighted by their size, since that is how long a
+    lane stays in one: a corpus of many small files and a few large ones has its lanes in the large ones.
+    """
+    total = sum(unit.n_bytes for unit in units)
+    open_bytes = sum(unit.n_bytes * min(unit.n_bytes, piece_bytes) for unit in units) / max(total, 1)
+    fits = (k for k in LANE_COUNTS if k * UNITS_PER_LANE <= len(units) and k * open_bytes <= LANES_BYTES)
+    return next(fits, 1)
+
+
+class Corpus:
+    """Units, how to read and tokenise them, and their order in each epoch. `path` names it in errors."""
+
+    def __init__(
+        self, units: Sequence[Unit], reader: TextReader, tokenizer: BaseTokenizer, seq_len: int, seed: int, path: str
+    ) -> None:
+        self.units = units
+        self.reader = reader
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.seed = seed
+        self.path = path
+        self.n_lanes = lane_count(units, reader.piece_bytes)
+        # Lanes are in one epoch or cross into the next.
+        self._order = functools.lru_cache(maxsize=3)(self._draw_order)
+
+    def fingerprint(self) -> int:
+        """63 bits that differ where rows do: a hash of seed, row length, tokenizer, units, and how they are read."""
+        probe = self.tokenizer.encode("Ab z\n\t 0123 déjà vu: ≠ 文字 {[(x_1)]};", add_bos=True, add_eos=True)
+        units = hash_of(*(f"{unit.identity} {unit.file.size} {unit.start} {unit.end}" for unit in self.units))
+        vocabulary = (self.tokenizer.get_vocab_size(), *probe)
+        parts = (self.seed, self.seq_len, vocabulary, units.hex(), self.n_lanes, self.reader.text_field)
+        return int.from_bytes(hash_of("corpus", *parts)[:8], "big") >> 1
+
+    def lane_segments(self, lane: int, cursor: Cursor) -> Iterator[Segment]:
+        """The endless stream of lane `lane` from `cursor` on. ValueError when the lane finds no text."""
+        epoch, index, token = cursor
+        empty_epochs = 0
+        while True:
+            order = self._order(epoch)[lane :: self.n_lanes]
+            found = index > 0 or token > 0
+            for place in range(index, len(order)):
+                unit = self.units[order[place]]
+                for segment in self.unit_segments(unit, epoch, place, token, f"{self.seed} {epoch} {unit.identity}"):
+                    found = True
+                    yield segment
+                token = 0
+            empty_epochs = 0 if found else empty_epochs + 1
+            if empty_epochs == (1 if self.n_lanes == 1 else MOST_EMPTY_EPOCHS):
+                raise ValueError(f'the text of "{self.path}" must yield tokens, but it holds no text')
+            epoch, index = epoch + 1, 0
+
+    def unit_segments(
+        self, unit: Unit, epoch: int = 0, place: int = 0, first: int = 0, shuffle_seed: str | None = None
+    ) -> Iterator[Segment]:
+        """The unit's documents as tokens from token `first` on; ValueError when the unit has fewer than that."""
+        end = 0
+        for document in self.reader.documents(unit, shuffle_seed):
+            tokens = np.asarray(self.tokenizer.encode(document, add_bos=True, add_eos=True), dtype=np.int32)
+            start, end = end, end + len(tokens)
+            skip = max(first - start, 0)
+            if skip < len(tokens):
+                yield Segment(Cursor(epoch, place, start + skip), tokens[skip:])
+        if end < first:
+            raise ValueError(
+                f"{unit.file.path} must be as it was when the checkpoint was saved, but {unit.identity} has {end} "
+                f"tokens and the checkpoint goes on at token {first}"
+            )
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        # Sorting raw draws, which NumPy never changes for a seed; `Generator.permutation` has no such promise.
+        bits = np.random.PCG64(int.from_bytes(hash_of("order", self.seed, epoch), "big"))
+        return np.argsort(bits.random_raw(len(self.units)), kind="stable")
+
+
+class RowStream:
+    """Cuts a stream of segments into rows. `cursor` is the place of the next row's first token."""
+
+    def __init__(self, segments: Iterator[Segment], seq_len: int, cursor: Cursor) -> None:
+        self.cursor = cursor
+        self._source = segments
+        self._seq_len = seq_len
+        self._segments: deque[Segment] = deque()
+        self._n_tokens = 0
+
+    def next_row(self) -> np.ndarray | None:
+        """The next seq_len + 1 tokens, int32, of which the last is the next row's first; None when they run out."""
+        while self._n_tokens <= self._seq_len:
+            segment = next(self._source, None)
+            if segment is None:
+                return None
+            self._segments.append(segment)
+            self._n_tokens += len(segment.tokens)
+        row = np.empty(self._seq_len + 1, dtype=np.int32)
+        filled = 0
+        while filled < self._seq_len:
+            segment = self._segments[0]
+            taken = segment.tokens[: self._seq_len - filled]
+            row[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            if len(taken) == len(segment.tokens):
+                self._segments.popleft()
+            else:
+                at = segment.at._replace(token=segment.at.token + len(taken))
+                self._segments[0] = Segment(at, segment.tokens[len(taken) :])
+        row[-1] = self._segments[0].tokens[0]
+        self.cursor = self._segments[0].at
+        self._n_tokens -= self._seq_len
+        return row
+
+
+class RankRows:
+    """Training rows of one rank: from row `position` of the run on, those n with n % n_ranks == rank.
+
+    `cursors` are the places that the rank's lanes have at `position`, as `cursors()` gave them to any number of ranks.
+    Where the number of ranks does not divide that of lanes, ranks share lanes and each walks past the others' rows.
+    """
+
+    def __init__(self, corpus: Corpus, rank: int, n_ranks: int, position: int, cursors: dict[int, Cursor]) -> None:
+        self._corpus = corpus
+        self._rank = rank
+        self._n_ranks = n_ranks
+        self.position = position
+        self._cursors = cursors
+        self._streams: dict[int, RowStream] = {}
+
+    def advance(self, n_rows: int) -> list[np.ndarray]:
+        """The rank's own among the run's next `n_rows` rows, in order; all its lanes move past all of these rows."""
+        rows = []
+        for n in range(self.position, self.position + n_rows):
+            lane = n % self._corpus.n_lanes
+            if lane in self._cursors:
+                row = self._stream(lane).next_row()
+                if n % self._n_ranks == self._rank:
+                    assert row is not None, "a lane is endless"
+                    rows.append(row)
+        self.position += n_rows
+        return rows
+
+    def cursors(self) -> dict[int, Cursor]:
+        """Place of each of the rank's lanes at `position`, by lane."""
+        return self._cursors | {lane: stream.cursor for lane, stream in self._streams.items()}
+
+    def _stream(self, lane: int) -> RowStream:
+        if lane not in self._streams:
+            cursor = self._cursors[lane]
+            segments = self._corpus.lane_segments(lane, cursor)
+            self._streams[lane] = RowStream(segments, self._corpus.seq_len, cursor)
+        return self._streams[lane]
+
+
+def lanes_of_rank(n_lanes: int, rank: int, n_ranks: int) -> list[int]:
+    """Lanes that hold a row n with n % n_ranks == rank."""
+    step = int(np.gcd(n_lanes, n_ranks))
+    return list(range(rank % step, n_lanes, step))
+
+
+def rows_in_order(corpus: Corpus) -> Iterator[np.ndarray]:
+    """Rows of one pass over the units in their order, unshuffled; the tokens after the last full row are left out."""
+    segments = (segment for place, unit in enumerate(corpus.units) for segment in corpus.unit_segments(unit, 0, place))
+    stream = RowStream(segments, corpus.seq_len, Cursor(0, 0, 0))
+    while (row := stream.next_row()) is not None:
+        yield row

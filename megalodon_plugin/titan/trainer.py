@@ -1,0 +1,109 @@
+"""torchtitan's Trainer with what Megalodon runs need of it; start it by `megalodon_plugin.cli.train`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.tools import utils
+from torchtitan.tools.logging import logger
+from torchtitan.train import Trainer
+
+from . import layout
+from .checkpoint_guard import check_fits, checkpoint_to_load, remove_incomplete, saved_tensors
+
+
+class MegalodonTrainer(Trainer):
+    """`Trainer` that also
+
+    * keeps the random state in the checkpoint, so that dropout resumes exactly;
+    * looks at the checkpoint before it loads it (see `checkpoint_guard`);
+    * scales the loss before the backward pass under pipeline parallelism;
+    * writes `model.json`, the model's configuration, into the dump folder, for whoever reads the checkpoint.
+    """
+
+    def __init__(self, job_config: Any):
+        if job_config.model.name == "megalodon":
+            layout.mark_own_entry()
+        self._saves_random_state = True
+        super().__init__(job_config)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._saves_random_state:
+            # Ranks of one pipeline stage share their random state, so it has one name for all of them.
+            stage = self.parallel_dims.get_mesh("pp").get_local_rank() if self.parallel_dims.pp_enabled else 0
+            state[f"random_state_{stage}"] = torch.get_rng_state()
+            if utils.device_type != "cpu":
+                state[f"{utils.device_type}_random_state_{stage}"] = utils.device_module.get_rng_state()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for name, value in state_dict.items():
+            if name.startswith("random_state"):
+                torch.set_rng_state(value)
+            elif name.startswith(f"{utils.device_type}_random_state"):
+                utils.device_module.set_rng_state(value)
+
+    def train(self) -> None:
+        self._prepare_checkpoints()
+        super().train()
+
+    def _prepare_checkpoints(self) -> None:
+        dump_folder = Path(self.job_config.job.dump_folder)
+        first_rank = torch.distributed.get_rank() == 0
+        if self.job_config.checkpoint.enable and first_rank:
+            remove_incomplete(dump_folder / self.job_config.checkpoint.folder)
+        torch.distributed.barrier()
+        checkpoint = checkpoint_to_load(self.job_config)
+        saved = saved_tensors(checkpoint) if checkpoint is not None else None
+        if checkpoint is not None and saved is not None:
+            check_fits(checkpoint, saved, self.model_parts)
+            wanted = [f"train_state.{name}" for name in self.state_dict() if "random_state" in name]
+            missing = [name for name in wanted if name not in saved]
+            full_checkpoint = any(name.startswith("train_state.") or name.startswith("optimizer.") for name in saved)
+            if missing and full_checkpoint:
+                logger.warning("The checkpoint holds no random state for this layout: dropout will not resume exactly")
+                self._without_random_state_while_loading()
+        if first_rank:
+            write_model_json(dump_folder, self.job_config, self.model_args)
+
+    def _without_random_state_while_loading(self) -> None:
+        """Leave the random state out of what the host asks of this one checkpoint."""
+        load = self.checkpointer.load
+
+        def load_without(step: int = -1) -> bool:
+            self._saves_random_state = False
+            try:
+                return load(step)
+            finally:
+                self._saves_random_state = True
+
+        self.checkpointer.load = load_without  # type: ignore[method-assign]
+
+    def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
+    ) -> Tensor:
+        if not self.parallel_dims.pp_enabled:
+            return super().forward_backward_step(
+                input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
+            )
+        self.loss_fn.scale = 1.0 / global_valid_tokens  # type: ignore[attr-defined]
+        try:
+            # The losses come back scaled; the host's division by a count of 1 leaves them so.
+            one = torch.ones((), device=self.device)
+            return super().forward_backward_step(input_dict=input_dict, labels=labels, global_valid_tokens=one)
+        finally:
+            self.loss_fn.scale = 1.0  # type: ignore[attr-defined]
+
+
+def write_model_json(dump_folder: Path, job_config: Any, model_args: Any) -> None:
+    """Write the model's configuration and its tokenizer's name to `model.json`, whole or not at all."""
+    dump_folder.mkdir(parents=True, exist_ok=True)
+    content = {"model": dataclasses.asdict(model_args.config), "tokenizer": job_config.model.hf_assets_path}
+    unfinished = dump_folder / "model.json.unfinished"
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(dump_folder / "model.json")
