@@ -92,7 +92,10 @@ def timestep_norm_definition(
         mean = torch.where(keep, mean + c * d, mean)
         y_t = (x_t - mean.unsqueeze(-1)) * torch.rsqrt(var + eps).unsqueeze(-1)
         outputs.append((y_t.view(batch, dim) * gain + shift) * keep)
-    return torch.stack(outputs, 1).to(x.dtype), NormState(count, mean.to(weight.dtype), var.to(weight.dtype))
+    untouched = (count == state.count).unsqueeze(-1)  # a row of padding only
+    last_mean = torch.where(untouched, state.mean, mean.to(weight.dtype))
+    last_var = torch.where(untouched, state.var, var.to(weight.dtype))
+    return torch.stack(outputs, 1).to(x.dtype), NormState(count, last_mean, last_var)
 
 
 def empty_norm_state(batch: int, num_groups: int, dtype: torch.dtype, device: torch.device) -> NormState:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -180,10 +181,13 @@ class _Ahead:
 
     def __enter__(self) -> "_Ahead":
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text-loader")
+        # Bound here: an iterator alive at the interpreter's end is closed when modules, this one too, are empty.
+        self._is_finalizing = sys.is_finalizing
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        if True:
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
     def start(self, call: Any) -> None:
         self._future = self._executor.submit(call)

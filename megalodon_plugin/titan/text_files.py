@@ -7,6 +7,7 @@ sizes alone, so that a corpus of any size starts at once; where a range really b
 
 import glob
 import hashlib
+import itertools
 import os
 import sysconfig
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def cut_into_units(files: list[TextFile], piece_bytes: int) -> list[Unit]:
             continue
         pieces = 1 if file.compressed else -(-file.size // piece_bytes)
         edges = [file.size * piece // pieces for piece in range(pieces + 1)]
-        units += [Unit(file, start, end) for start, end in zip(edges, edges[1:], strict=False)]
+        units += [Unit(file, start, end) for start, end in itertools.pairwise(edges)]
     return units
 
 

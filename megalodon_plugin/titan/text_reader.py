@@ -7,8 +7,9 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
-from typing import BinaryIO
+from typing import IO, cast
 
 from torchtitan.tools.logging import logger
 
@@ -58,7 +59,7 @@ class TextReader:
                 content = stream.read(end - start)
                 yield content.removeprefix(BYTE_ORDER_MARK) if start == 0 else content
                 return
-            rest = stream.read(self.piece_bytes).removeprefix(BYTE_ORDER_MARK)
+            rest = stream.read(len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK)
             while block := stream.read(self.piece_bytes - len(rest)):
                 rest += block
                 if len(rest) == self.piece_bytes:
@@ -67,7 +68,7 @@ class TextReader:
                     rest = rest[cut:]
             yield rest
 
-    def _text_edge(self, stream: BinaryIO, file: TextFile, edge: int) -> int:
+    def _text_edge(self, stream: IO[bytes], file: TextFile, edge: int) -> int:
         """Where a range that starts or ends at `edge` really does: at a line or, within a long one, at a character."""
         if edge in (0, file.size):
             return edge
@@ -125,7 +126,7 @@ class TextReader:
 
 
 @contextlib.contextmanager
-def _opened(file: TextFile) -> Iterator[BinaryIO]:
+def _opened(file: TextFile) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed; ValueError when they cannot be."""
     if not file.compressed:
         with open(file.path, "rb") as stream:
@@ -133,12 +134,9 @@ def _opened(file: TextFile) -> Iterator[BinaryIO]:
         return
     try:
         with contextlib.ExitStack() as stack:
-            raw = stack.enter_context(open(file.path, "rb"))
-            if file.size <= SMALL_GZIP:
-                content = raw.read()
-                raw.close()
-                raw = io.BytesIO(content)
-            yield stack.enter_context(gzip.GzipFile(fileobj=raw))
+            small = file.size <= SMALL_GZIP
+            raw = io.BytesIO(Path(file.path).read_bytes()) if small else stack.enter_context(open(file.path, "rb"))
+            yield cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=raw)))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file.path} must be a complete .gz file, but: {error}") from error
 
@@ -174,7 +172,7 @@ def _lines_before(unit: Unit) -> int:
         return lines
 
 
-def _first_line(stream: BinaryIO, start: int, stop: int) -> int | None:
+def _first_line(stream: IO[bytes], start: int, stop: int) -> int | None:
     """Offset of the first line that starts in [start, stop); None when none does."""
     if start == 0:
         return 0

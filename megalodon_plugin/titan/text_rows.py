@@ -19,9 +19,8 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from .text_files import MIB, Unit, hash_of
 from .text_reader import TextReader
 
-# Multiples of many numbers of ranks. 16 comes before 12: a large corpus gets as many lanes as memory allows, and there
-# powers of two are what ranks come in.
-LANE_COUNTS = (3840, 1920, 960, 480, 240, 120, 60, 48, 24, 16, 12, 8, 4, 2, 1)
+# Multiples of many numbers of ranks, foremost of powers of two. Where memory bounds the lanes, it bounds them to 16.
+LANE_COUNTS = (3840, 1920, 960, 480, 240, 120, 48, 24, 16, 12, 8, 4, 2, 1)
 UNITS_PER_LANE = 4
 # What the lanes together may hold of text that has been read and not been used yet.
 LANES_BYTES = 256 * MIB

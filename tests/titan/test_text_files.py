@@ -129,7 +129,7 @@ def test_ranges_hold_each_byte_once(tmp_path: Path, content: str, piece_bytes: i
     assert all(len(own) <= 1 for own in documents)
     pieces = [own[0] for own in documents if own]
     assert "".join(pieces) == text  # no character is cut either, or it would come back as U+FFFD
-    if content == "short lines":
+    if content == "short lines" and piece_bytes > 100:
         assert all(piece.endswith("\n") for piece in pieces)
     assert all(len(piece.encode()) <= 1.5 * piece_bytes + 4 for piece in pieces)
 
