@@ -20,6 +20,7 @@ from .text_files import PYTHON_STDLIB, Unit, cut_into_units, find_python_stdlib,
 from .text_files import split_units as split
 from .text_reader import TextReader
 from .text_rows import Corpus, Cursor, RankRows, lanes_of_rank, rows_in_order
+from .tokenizer import load_tokenizer
 
 LOCAL_TEXT = "local_text"
 OWN_DATASETS = (LOCAL_TEXT, PYTHON_STDLIB)
@@ -59,6 +60,16 @@ def build_text_validation_dataloader(
         return text_datasets.build_text_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite)
     corpus = _corpus(job_config, "validation", tokenizer)
     return OrderedTextLoader(corpus, dp_rank, dp_world_size, validation.local_batch_size, endless=infinite)
+
+
+def side_as_bytes(job_config: JobConfig, section: str) -> bytes:
+    """All documents of one side ("training" | "validation") of a small data set of the plugin's, end to end, in UTF-8.
+
+    It is in memory as a whole: for looking at a text, not for training on it.
+    """
+    corpus = _corpus(job_config, section, load_tokenizer("byte"))
+    documents = (text for unit in corpus.units for text in corpus.reader.documents(unit))
+    return "".join(documents).encode()
 
 
 class TextLoader(BaseDataLoader):
@@ -186,7 +197,7 @@ class _Ahead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if True:
+        if not self._is_finalizing():
             self._executor.shutdown(wait=False, cancel_futures=True)
 
     def start(self, call: Any) -> None:

@@ -17,7 +17,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 PYTHON_STDLIB = "python_stdlib"
 
 MIB = 2**20
-LARGEST_PIECE = 16 * MIB
+LARGEST_PIECE = 4 * MIB
 PIECES_OF_A_CORPUS = 64
 BYTES_PER_ROW_TOKEN = 16
 
@@ -150,7 +150,7 @@ def _check_holds_text(files: list[TextFile], what: str) -> None:
 
 
 def piece_bytes_of(files: list[TextFile], seq_len: int) -> int:
-    """Size above which a file is cut: a 64th of the corpus, at most 16 MiB, but 16 bytes for each token of a row."""
+    """Size above which a file is cut: a 64th of the corpus, at most 4 MiB, but 16 bytes for each token of a row."""
     total = sum(file.size for file in files)
     smallest = BYTES_PER_ROW_TOKEN * seq_len
     return max(smallest, min(total // PIECES_OF_A_CORPUS, LARGEST_PIECE))

@@ -19,11 +19,12 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from .text_files import MIB, Unit, hash_of
 from .text_reader import TextReader
 
-# Multiples of many numbers of ranks, foremost of powers of two. Where memory bounds the lanes, it bounds them to 16.
-LANE_COUNTS = (3840, 1920, 960, 480, 240, 120, 48, 24, 16, 12, 8, 4, 2, 1)
+# Multiples of many numbers of ranks, foremost of powers of two.
+LANE_COUNTS = (3840, 1920, 960, 480, 256, 240, 128, 120, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 UNITS_PER_LANE = 4
-# What the lanes together may hold of text that has been read and not been used yet.
-LANES_BYTES = 256 * MIB
+# What the lanes together may hold of text that has been read and not been used yet; of several ranks each holds its
+# share. With the largest pieces that makes 256 lanes, so that up to 256 ranks read nothing twice.
+LANES_BYTES = 1024 * MIB
 # A lane may draw units without a line of text for an epoch; several times in a row means that there is none.
 MOST_EMPTY_EPOCHS = 4
 
@@ -45,7 +46,7 @@ class Segment:
 
 
 def lane_count(units: Sequence[Unit], piece_bytes: int) -> int:
-    """K: at least 4 units for a lane, and at most 256 MiB of text open in all lanes together.
+    """K: at least 4 units for a lane, and at most 1 GiB of text open in all lanes together.
 
     A lane has one piece of a unit in memory. The mean over units is weighted by their size, since that is how long a
     lane stays in one: a corpus of many small files and a few large ones has its lanes in the large ones.
