@@ -40,4 +40,3 @@ def generate_from_checkpoint(
             shown = text
     out.write("\n")
     return shown
-

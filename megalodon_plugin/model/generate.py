@@ -37,6 +37,7 @@ def generate(
     if temperature < 0:
         raise ValueError(f"`temperature` must not be negative, but is {temperature}")
     state = None
+    token: Tensor
     for piece in prompt.split(prefill_tokens or model.cfg.chunk_size, 1):
         logits, state = model(piece, state=state, return_state=True)
     for i in range(max_new_tokens):

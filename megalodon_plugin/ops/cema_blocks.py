@@ -13,6 +13,9 @@ state):   lam_{b-1} = conj(A) lam_b + sum_t conj(C_t) dy_t,   dx = Toeplitz(k)^T
 dk_l = the l-th diagonal's sum of sum_b x_b dy_b^T,   dC = sum dy_t conj(h_b),   dS = sum lam_b x_t,
 dA = sum lam_b conj(h_b).
 
+Conjugates are physical: inside a custom op that a compiled graph calls, torch does not resolve a lazy conjugate, and
+exp or a product then reads the number unconjugated.
+
 Nothing of size L*D*N is stored: the states at the block edges are 2N/T of an activation. The tables are made in
 float64 (they hold D*N*T numbers, and the phase of q^t is lost in float32 long before t = 1000) and rounded once.
 """
@@ -74,8 +77,8 @@ def parameter_grads(c: Coefficients, grads: CoefficientGrads) -> tuple[Tensor, T
     dangle = grads.log_q.imag
     if c.rotate_input:
         turn = torch.polar(torch.ones_like(c.a), c.log_q.imag)
-        da = da + (turn.conj() * grads.p).real
-        dangle = dangle + ((1j * c.p).conj() * grads.p).real
+        da = da + (turn.conj_physical() * grads.p).real
+        dangle = dangle + ((1j * c.p).conj_physical() * grads.p).real
     else:
         da = da + grads.p.real
     dtheta = (dangle * c.steps).sum(-1, keepdim=True) * c.f * (1 - c.f)
@@ -124,16 +127,17 @@ def table_grads(c: Coefficients, t: Tables, d_toeplitz: Tensor, d_out: Tensor, d
     d_kernel = skewed.unflatten(1, (block, 2 * block - 1)).sum(1)[:, block - 1 :].double()  # (D, T)
     d_c = torch.complex(d_out[:, :order].double(), -d_out[:, order:].double())  # (D, N, T)
     d_s = torch.complex(d_into[..., :order].double(), d_into[..., order:].double()).transpose(1, 2).flip(-1)
-    inner, outer = t.powers[..., :-1].conj(), t.powers[..., 1:].conj()  # conj q^l for l < T and for 1 <= l <= T
+    conj_p, conj_g, conj_powers = (z.conj_physical() for z in (c.p, c.g, t.powers))
+    inner, outer = conj_powers[..., :-1], conj_powers[..., 1:]  # conj q^l for l < T and for 1 <= l <= T
     d_pg = torch.einsum("dnl,dl->dn", inner, d_kernel.to(inner.dtype))
-    d_p = c.g.conj() * d_pg + (inner * d_s).sum(-1)
-    d_g = c.p.conj() * d_pg + (outer * d_c).sum(-1)
+    d_p = conj_g * d_pg + (inner * d_s).sum(-1)
+    d_g = conj_p * d_pg + (outer * d_c).sum(-1)
     d_powers = torch.zeros_like(t.powers)
-    d_powers[..., :-1] = (c.p * c.g).conj().unsqueeze(-1) * d_kernel.unsqueeze(1) + c.p.conj().unsqueeze(-1) * d_s
-    d_powers[..., 1:] += c.g.conj().unsqueeze(-1) * d_c
+    d_powers[..., :-1] = (conj_p * conj_g).unsqueeze(-1) * d_kernel.unsqueeze(1) + conj_p.unsqueeze(-1) * d_s
+    d_powers[..., 1:] += conj_g.unsqueeze(-1) * d_c
     d_powers[..., -1] += d_a
     lags = torch.arange(block + 1, dtype=torch.float64, device=c.p.device)
-    d_log_q = (t.powers.conj() * d_powers * lags).sum(-1)
+    d_log_q = (conj_powers * d_powers * lags).sum(-1)
     return CoefficientGrads(d_p, d_log_q, d_g, d_kernel[:, 0])
 
 
@@ -207,7 +211,7 @@ def slice_backward(dy: Tensor, dh_last: Tensor, x: Tensor, h: Tensor, c: Coeffic
     before, _ = _states_before(xb, h, t, batch)
     # The state's gradient runs backwards by the same scan: what enters is dh_last, what each block adds is conj(C) dy.
     added = to_complex(torch.bmm(dyb, t.out.transpose(1, 2)), batch)
-    conj_log_a = t.log_a.conj()
+    conj_log_a = t.log_a.conj_physical()
     entering = torch.cat([dh_last.unsqueeze(2), added[:, :, 1:].flip(2)], 2)
     lam = scan(entering, conj_log_a).flip(2)  # (D, B, blocks, N), the gradient of the state that leaves each block
     dh = torch.exp(conj_log_a).to(lam.dtype)[:, None] * lam[:, :, 0] + added[:, :, 0]
@@ -219,6 +223,6 @@ def slice_backward(dy: Tensor, dh_last: Tensor, x: Tensor, h: Tensor, c: Coeffic
         torch.bmm(xb.transpose(1, 2), dyb),
         torch.bmm(to_pairs(before).transpose(1, 2), dyb),
         torch.bmm(xb.transpose(1, 2), lam_pairs),
-        (lam * before.conj()).sum((1, 2)).to(c.p.dtype),
+        (lam * before.conj_physical()).sum((1, 2)).to(c.p.dtype),
     )
     return from_blocks(dx, batch, x.dtype), dh, grads

@@ -1,7 +1,7 @@
 """The torchtitan 0.2 adapter. Importing it registers the train spec "megalodon":
 
-    [experimental]
-    custom_import = "megalodon_plugin.titan"
+[experimental]
+custom_import = "megalodon_plugin.titan"
 """
 
 from . import cpu

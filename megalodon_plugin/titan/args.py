@@ -45,7 +45,9 @@ class MegalodonModelArgs(MegalodonConfig, BaseModelArgs):
                     setattr(self, name, getattr(overrides, name))
             self.weight_decay_on = overrides.weight_decay_on
         if self.weight_decay_on not in WEIGHT_DECAY_ON:
-            raise ValueError(f"`megalodon.weight_decay_on` must be one of {WEIGHT_DECAY_ON}, but is {self.weight_decay_on!r}")
+            raise ValueError(
+                f"`megalodon.weight_decay_on` must be one of {WEIGHT_DECAY_ON}, but is {self.weight_decay_on!r}"
+            )
         tokens = vocab_size_of(job_config.model.hf_assets_path)
         if overrides is None or overrides.vocab_size is None:
             if self.vocab_size != tokens:
@@ -97,7 +99,7 @@ def _check_dtypes(job_config: Any) -> None:
     if training.dtype != "float32":
         raise ValueError(
             f"`training.dtype` must be float32, but is {training.dtype!r}: a lower one would round CEMA's parameters and "
-            "the optimizer's state; set `training.mixed_precision_param = \"bfloat16\"` for fast matrix products"
+            'the optimizer\'s state; set `training.mixed_precision_param = "bfloat16"` for fast matrix products'
         )
     if training.mixed_precision_param not in ("bfloat16", "float32"):
         raise ValueError(

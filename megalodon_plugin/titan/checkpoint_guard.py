@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.tools.logging import logger
+
+from .dataloader import TextLoader
 
 _STEP = re.compile(r"^step-(\d+)$")
 # What a complete checkpoint holds: the host's own format, or safetensors.
@@ -90,3 +93,16 @@ def check_fits(checkpoint: Path, saved: Mapping[str, torch.Size], model_parts: l
             f"the checkpoint {checkpoint} is one of another configuration: it has {max(layers) + 1} layers, but "
             f"`n_layers` is {n_layers}"
         )
+
+
+def check_data(checkpoint: Path, saved: Mapping[str, torch.Size], dataloader: Any) -> None:
+    """Raise ValueError when the checkpoint's place in the data is one in other data.
+
+    The loader checks that itself when it is loaded; but other data may have other lanes, and the host would report
+    missing names first.
+    """
+    if "dataloader.fingerprint" not in saved or not isinstance(dataloader, TextLoader):
+        return
+    wanted = {"dataloader": {"fingerprint": torch.zeros((), dtype=torch.int64)}}
+    dcp.load(wanted, checkpoint_id=checkpoint, no_dist=True)
+    dataloader.check_fingerprint(wanted["dataloader"]["fingerprint"])

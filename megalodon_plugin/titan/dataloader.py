@@ -124,16 +124,20 @@ class TextLoader(BaseDataLoader):
         """Go on where `state_dict` was saved. ValueError when it is of other data; an empty one is left alone."""
         if not state_dict:
             return
-        if int(state_dict["fingerprint"]) != self._fingerprint:
+        self.check_fingerprint(state_dict["fingerprint"])
+        self._cursors = {lane: Cursor(*state_dict[f"lane_{lane}"].tolist()) for lane in self._cursors}
+        self._position = int(state_dict["position"])
+        self._loads += 1
+
+    def check_fingerprint(self, fingerprint: torch.Tensor) -> None:
+        """Raise ValueError unless a checkpoint with this fingerprint is of this run's data."""
+        if int(fingerprint) != self._fingerprint:
             raise ValueError(
                 "the data position in the checkpoint must be of this run's data, but it is a checkpoint of other data: "
                 "`data.seed`, `data.validation_fraction`, `data.text_field`, `training.seq_len`, the tokenizer or the "
                 f'files of "{self._corpus.path}" have changed. Set them back, or start the data from their beginning '
                 'with `checkpoint.exclude_from_loading` = ["dataloader"]'
             )
-        self._cursors = {lane: Cursor(*state_dict[f"lane_{lane}"].tolist()) for lane in self._cursors}
-        self._position = int(state_dict["position"])
-        self._loads += 1
 
 
 class OrderedTextLoader(BaseDataLoader):

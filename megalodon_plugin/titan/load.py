@@ -26,7 +26,9 @@ def load_checkpoint(checkpoint: Path, device: torch.device | str = "cpu") -> tup
     saved = saved_tensors(checkpoint) if is_complete(checkpoint) else None
     if saved is None:
         raise ValueError(f"the checkpoint {checkpoint} must be complete and in the host's format, but has no .metadata")
-    description = next((p / "model.json" for p in checkpoint.resolve().parents[:2] if (p / "model.json").is_file()), None)
+    description = next(
+        (p / "model.json" for p in checkpoint.resolve().parents[:2] if (p / "model.json").is_file()), None
+    )
     if description is None:
         raise ValueError(f"`model.json` must lie in the job's dump folder, two levels above {checkpoint}, but does not")
     content = json.loads(description.read_text())

@@ -27,5 +27,3 @@ class ScaledLoss:
 def build_loss(job_config: Any, **kwargs: Any) -> ScaledLoss:
     """`build_loss_fn` of the train spec."""
     return ScaledLoss(build_cross_entropy_loss(job_config, **kwargs))
-
-

@@ -46,7 +46,7 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
     if parallel_dims.fsdp_enabled and compile_model:
         raise ValueError(
-            "`compile.components` must not hold \"model\" with `parallelism.data_parallel_shard_degree` = "
+            '`compile.components` must not hold "model" with `parallelism.data_parallel_shard_degree` = '
             f"{parallel_dims.dp_shard}: the layers' float32 parameter groups cannot be compiled into one graph yet"
         )
     if job_config.activation_checkpoint.mode != "none":
@@ -75,21 +75,22 @@ def shard_model(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) 
         job_config.parallelism.fsdp_reshard_after_forward
     ]
     mesh = parallel_dims.get_mesh("fsdp")
-    offload = {"offload_policy": CPUOffloadPolicy()} if training.enable_cpu_offload else {}
+    common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
+    if training.enable_cpu_offload:
+        common["offload_policy"] = CPUOffloadPolicy()
     for layer in model.layers.values():  # type: ignore[operator, union-attr]
         small = [layer.get_submodule(name) for name in FLOAT32_MODULES]
         # Modules without parameters (norm_affine = false) make no group.
-        small = [module for module in small if any(True for _ in module.parameters())]
-        fully_shard(small, mesh=mesh, mp_policy=full, reshard_after_forward=reshard, **offload)
-        fully_shard(layer, mesh=mesh, mp_policy=low, reshard_after_forward=reshard, **offload)
+        fully_shard([m for m in small if any(True for _ in m.parameters())], mp_policy=full, **common)
+        fully_shard(layer, mp_policy=low, **common)
     if model.norm is not None:
-        fully_shard(model.norm, mesh=mesh, mp_policy=full, reshard_after_forward=reshard, **offload)
-    tied = model.cfg.tie_embedding  # type: ignore[union-attr]
+        fully_shard(model.norm, mp_policy=full, **common)  # type: ignore[arg-type]
     # A shared weight belongs to one group: the root's. Otherwise embedding and output have one each.
     for module in (model.tok_embeddings, model.output):
-        if module is not None and not tied:
-            fully_shard(module, mesh=mesh, mp_policy=low, reshard_after_forward=reshard, **offload)
-    fully_shard(model, mesh=mesh, mp_policy=low, **offload)
+        if module is not None and not model.cfg.tie_embedding:  # type: ignore[union-attr]
+            fully_shard(module, mp_policy=low, **common)  # type: ignore[arg-type]
+    # The root keeps the default: its parameters stay gathered until the backward pass.
+    fully_shard(model, mp_policy=low, **{k: v for k, v in common.items() if k != "reshard_after_forward"})
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The Trainer divides by the global token count itself.

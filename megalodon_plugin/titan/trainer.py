@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from . import layout
-from .checkpoint_guard import check_fits, checkpoint_to_load, remove_incomplete, saved_tensors
+from .checkpoint_guard import check_data, check_fits, checkpoint_to_load, remove_incomplete, saved_tensors
 
 
 class MegalodonTrainer(Trainer):
@@ -62,6 +62,8 @@ class MegalodonTrainer(Trainer):
         saved = saved_tensors(checkpoint) if checkpoint is not None else None
         if checkpoint is not None and saved is not None:
             check_fits(checkpoint, saved, self.model_parts)
+            if "dataloader" not in self.job_config.checkpoint.exclude_from_loading:
+                check_data(checkpoint, saved, self.dataloader)
             wanted = [f"train_state.{name}" for name in self.state_dict() if "random_state" in name]
             missing = [name for name in wanted if name not in saved]
             full_checkpoint = any(name.startswith("train_state.") or name.startswith("optimizer.") for name in saved)

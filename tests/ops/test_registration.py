@@ -88,7 +88,7 @@ def operator(name):
 @LAYOUTS
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, strided, optional, dtype):
-    """Schema, autograd registration, fake tensors and AOT dispatch with symbolic sizes; for the fast path, gradients."""
+    """Schema, autograd registration, fake tensors, and AOT dispatch with symbolic sizes, gradients included."""
     backward = name.endswith("_backward")
     arguments = getattr(Inputs(dtype, strided, requires_grad=not backward), name)(optional)
     torch.library.opcheck(operator(name), arguments)

@@ -44,6 +44,10 @@ EVERY_OPTION: dict[str, Any] = {
 }
 
 
+# The host's parser also tells, in warnings, of the wrong types that these tests put into TOML.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:tyro.*")
+
+
 @pytest.fixture(autouse=True)
 def stock_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "_own_entry", False)
@@ -94,7 +98,7 @@ def test_the_tokenizer_decides_the_vocabulary_unless_the_job_does(tmp_path: Path
 
 
 def test_command_line_beats_the_file(tmp_path: Path) -> None:
-    args = args_of(tmp_path, "--megalodon.chunk_size", "64", "--megalodon.swiglu", "--megalodon.init_mode", "xavier")
+    args = args_of(tmp_path, "--megalodon.chunk_size", "64", "--megalodon.swiglu", "True", "--megalodon.init_mode", "xavier")
     assert (args.chunk_size, args.swiglu, args.init_mode) == (64, True, "xavier")
     assert args.dim == SECTIONS["megalodon"]["dim"]
 
