@@ -10,8 +10,6 @@ from typing import Any
 
 import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
 
-from torchtitan.config import ConfigManager
-
 SECTIONS: dict[str, dict[str, Any]] = {
     "job": {"custom_config_module": "megalodon_plugin.titan.job_config"},
     "experimental": {"custom_import": "megalodon_plugin.titan"},
@@ -71,6 +69,8 @@ def write_job(folder: Path, **sections: dict[str, Any]) -> Path:
 
 def read_job(config: Path, *options: str) -> Any:
     """The host's configuration of a job, as its entry makes it from a command line."""
+    from torchtitan.config import ConfigManager
+
     return ConfigManager().parse_args(["--job.config_file", str(config), *options])
 
 

@@ -16,7 +16,6 @@ def generate_from_checkpoint(
     Raises:
         ValueError: see `titan.load.load_checkpoint` and `model.generate`.
     """
-    import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
     from megalodon_plugin.titan.load import load_checkpoint
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

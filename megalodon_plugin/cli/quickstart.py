@@ -45,14 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _compare(config: Path, options: list[str]) -> tuple[dict[str, float], Path, Path]:
     """What n-grams score on the job's held-out text, and the job's folders."""
-    import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
     from megalodon_plugin.titan.dataloader import side_as_bytes
-
-    from torchtitan.config import ConfigManager
+    from megalodon_plugin.titan.entry import read_job
 
     from .ngram import ngram_losses
 
-    job = ConfigManager().parse_args(["--job.config_file", str(config), *options])
+    job = read_job(["--job.config_file", str(config), *options])
     scores = ngram_losses(side_as_bytes(job, "training"), side_as_bytes(job, "validation"))
     run = Path(job.job.dump_folder)
     return {f"{order}-gram": loss for order, loss in scores.items()}, run, run / job.checkpoint.folder

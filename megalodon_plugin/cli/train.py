@@ -7,14 +7,12 @@ the plugin's.
 """
 
 
+from megalodon_plugin.titan import entry
+
+
 def main() -> None:
     """Train as the TOML file and the command line say."""
-    import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
-    from megalodon_plugin.titan.trainer import MegalodonTrainer
-
-    import torchtitan.train
-
-    torchtitan.train.main(MegalodonTrainer)
+    entry.train()
 
 
 if __name__ == "__main__":

@@ -37,14 +37,13 @@ def generate(
     if temperature < 0:
         raise ValueError(f"`temperature` must not be negative, but is {temperature}")
     state = None
-    token: Tensor
     for piece in prompt.split(prefill_tokens or model.cfg.chunk_size, 1):
         logits, state = model(piece, state=state, return_state=True)
-    for i in range(max_new_tokens):
-        if i:
-            logits, state = model(token.unsqueeze(1), state=state, return_state=True)
+    for left in range(max_new_tokens, 0, -1):
         token = _sample(logits[:, -1], temperature, generator)
         yield token
+        if left > 1:
+            logits, state = model(token.unsqueeze(1), state=state, return_state=True)
 
 
 def _sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -101,6 +101,14 @@ def _groups(rows: int, chunk: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, rows, step)]
 
 
+def _product_dtype(q: Tensor) -> torch.dtype:
+    """What the matrix products read and write: on a CPU the compute dtype, so that only the results are rounded.
+
+    A GPU's matrix units are fast in the activations' dtype alone; there scores and their gradients are rounded to it.
+    """
+    return compute_dtype(q) if q.device.type == "cpu" else q.dtype
+
+
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     scores = (q @ k.transpose(1, 2)).to(compute_dtype(q))
     return scores.masked_fill_(_future(scores), float("-inf"))
@@ -113,14 +121,14 @@ def _attention_op(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> tuple[Ten
     outputs, sums = [], []
     with without_autocast(q):
         for start, stop, chunk in _slices(length, chunk_size):
-            qc, kc, vc = (_by_chunk(t, start, stop, chunk) for t in (q, k, v))
+            qc, kc, vc = (_by_chunk(t, start, stop, chunk).to(_product_dtype(q)) for t in (q, k, v))
             out = vc.new_empty(vc.shape)
             log_sum = vc.new_empty(vc.shape[0], chunk, 1, dtype=compute_dtype(q))
             for rows in _groups(vc.shape[0], chunk):
                 scores = _scores(qc[rows], kc[rows])
                 log_sum[rows] = scores.logsumexp(-1, keepdim=True)
-                out[rows] = scores.sub_(log_sum[rows]).exp_().to(v.dtype) @ vc[rows]
-            outputs.append(_from_chunks(out, batch, heads))
+                out[rows] = scores.sub_(log_sum[rows]).exp_().to(vc.dtype) @ vc[rows]
+            outputs.append(_from_chunks(out.to(v.dtype), batch, heads))
             sums.append(_from_chunks(log_sum, batch, heads).squeeze(-1))
     return torch.cat(outputs, 1), torch.cat(sums, 1)
 
@@ -135,19 +143,19 @@ def _attention_backward_op(
     with without_autocast(q):
         for start, stop, chunk in _slices(length, chunk_size):
             sizes = (start, stop, chunk)
-            qc, kc, vc, outc, doutc = (_by_chunk(t, *sizes) for t in (q, k, v, out, dout.to(v.dtype)))
+            qc, kc, vc, outc, doutc = (_by_chunk(t, *sizes).to(_product_dtype(q)) for t in (q, k, v, out, dout))
             log_sums = _by_chunk(log_sum.unsqueeze(-1), *sizes)
             dq, dk, dv = torch.empty_like(qc), torch.empty_like(kc), torch.empty_like(vc)
             for rows in _groups(vc.shape[0], chunk):
                 weights = _scores(qc[rows], kc[rows]).sub_(log_sums[rows]).exp_()
-                dv[rows] = weights.to(v.dtype).transpose(1, 2) @ doutc[rows]
+                dv[rows] = weights.to(vc.dtype).transpose(1, 2) @ doutc[rows]
                 dscores = (doutc[rows] @ vc[rows].transpose(1, 2)).to(weights.dtype)
                 dscores -= (outc[rows].to(weights.dtype) * doutc[rows]).sum(-1, keepdim=True)
-                dscores = dscores.mul_(weights).to(q.dtype)
+                dscores = dscores.mul_(weights).to(qc.dtype)
                 dq[rows] = dscores @ kc[rows]
                 dk[rows] = dscores.transpose(1, 2) @ qc[rows]
             for parts, grad in zip(grads, (dq, dk, dv), strict=True):
-                parts.append(_from_chunks(grad, batch, heads))
+                parts.append(_from_chunks(grad.to(q.dtype), batch, heads))
     dq, dk, dv = (torch.cat(parts, 1) for parts in grads)
     return dq, dk, dv
 

@@ -98,8 +98,8 @@ def _check_dtypes(job_config: Any) -> None:
     training = job_config.training
     if training.dtype != "float32":
         raise ValueError(
-            f"`training.dtype` must be float32, but is {training.dtype!r}: a lower one would round CEMA's parameters and "
-            'the optimizer\'s state; set `training.mixed_precision_param = "bfloat16"` for fast matrix products'
+            f"`training.dtype` must be float32, but is {training.dtype!r}: a lower one would round CEMA's parameters "
+            'and the optimizer\'s state; set `training.mixed_precision_param = "bfloat16"` for fast matrix products'
         )
     if training.mixed_precision_param not in ("bfloat16", "float32"):
         raise ValueError(

@@ -72,7 +72,7 @@ def use_cpu() -> None:
         mock.patch.object(torch._utils, "_get_device_module", lambda device_type: device),
     ):
         utils = importlib.import_module("torchtitan.tools.utils")
-    utils.get_peak_flops = measured_peak_flops
+    utils.get_peak_flops = measured_peak_flops  # type: ignore[attr-defined]
 
 
 _peak_flops: float | None = None

@@ -18,8 +18,8 @@ class TrainingOptions:
     """Options of `[megalodon]` that are not the model's."""
 
     weight_decay_on: str = "all"
-    """Where weight decay falls: "all" parameters, as in the authors' recipe, or "matrices" only, which leaves out norms,
-    biases and CEMA."""
+    """Where weight decay falls: "all" parameters, as in the authors' recipe, or "matrices" only, which leaves out
+    norms, biases and CEMA."""
 
 
 # Every option of the model by its name, None where the flavor decides.

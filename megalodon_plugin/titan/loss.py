@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchtitan.components.loss import build_cross_entropy_loss
 

@@ -98,7 +98,9 @@ def test_the_tokenizer_decides_the_vocabulary_unless_the_job_does(tmp_path: Path
 
 
 def test_command_line_beats_the_file(tmp_path: Path) -> None:
-    args = args_of(tmp_path, "--megalodon.chunk_size", "64", "--megalodon.swiglu", "True", "--megalodon.init_mode", "xavier")
+    args = args_of(
+        tmp_path, "--megalodon.chunk_size", "64", "--megalodon.swiglu", "True", "--megalodon.init_mode", "xavier"
+    )
     assert (args.chunk_size, args.swiglu, args.init_mode) == (64, True, "xavier")
     assert args.dim == SECTIONS["megalodon"]["dim"]
 
@@ -132,7 +134,7 @@ def test_errors_name_key_rule_and_value(tmp_path: Path, section: str, options: d
 
 
 def test_unknown_option_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Invalid field names in .*: {'chunksize'}"):
+    with pytest.raises(ValueError, match=r"Invalid field names in .*: \{'chunksize'\}"):
         args_of(tmp_path, megalodon={"chunksize": 16})
 
 
@@ -142,9 +144,7 @@ def test_stock_entry_is_sent_to_the_own_one(tmp_path: Path, key: str) -> None:
         args_of(tmp_path, parallelism={key: 2})
 
 
-@pytest.mark.parametrize(
-    "key", ["context_parallel_degree", "tensor_parallel_degree", "data_parallel_replicate_degree"]
-)
+@pytest.mark.parametrize("key", ["context_parallel_degree", "tensor_parallel_degree", "data_parallel_replicate_degree"])
 def test_own_entry_refuses_layouts_that_the_plugin_lacks(tmp_path: Path, key: str) -> None:
     layout.mark_own_entry()
     with pytest.raises(ValueError, match=rf"`parallelism\.{key}` must be 1: .* but it is 2"):

@@ -76,7 +76,9 @@ def test_the_latest_complete_step_is_loaded(tmp_path: Path) -> None:
 def test_a_step_asked_for_must_be_complete(tmp_path: Path, step: int) -> None:
     job_config = read_job(write_job(tmp_path), "--checkpoint.load_step", str(step))
     steps(tmp_path / "run" / "checkpoint", complete=(3, 12), broken=(15,))
-    with pytest.raises(ValueError, match=rf"`checkpoint\.load_step` must name a complete .* \[3, 12\]\), but is {step}$"):
+    with pytest.raises(
+        ValueError, match=rf"`checkpoint\.load_step` must name a complete .* \[3, 12\]\), but is {step}$"
+    ):
         checkpoint_to_load(job_config)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_job import read_job
-from torchtitan.protocols.train_spec import get_train_spec
 
 from megalodon_plugin.titan import layout
 
@@ -44,6 +43,8 @@ def test_a_finished_run_can_be_continued(job_config: Any) -> None:
 
 
 def test_its_model_builds(job_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchtitan.protocols.train_spec import get_train_spec
+
     monkeypatch.setattr(layout, "_own_entry", True)
     if not os.path.exists(job_config.model.hf_assets_path):
         job_config.model.hf_assets_path = "byte"

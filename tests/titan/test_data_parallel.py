@@ -72,7 +72,9 @@ def test_small_parameters_stay_float32_under_mixed_precision(tmp_path: Path) -> 
     train_well(config, processes=2, module="titan.test_data_parallel")
     seen = json.loads((tmp_path / "run" / "dtypes.json").read_text())
     full = {
-        name: dtypes for name, dtypes in seen["forward"].items() if name.split(".")[-1] in ("cema", "qk") or "norm" in name
+        name: dtypes
+        for name, dtypes in seen["forward"].items()
+        if name.split(".")[-1] in ("cema", "qk") or "norm" in name
     }
     kinds = ("timestep_norm", "cema", "rms_norm", "qk")
     layer = [f"attention.{kind}" for kind in kinds] + ["feed_forward.norm"]
@@ -113,9 +115,7 @@ def main() -> None:
             module.register_forward_pre_hook(look(name))
     sharded = {name_of(parameter.dtype) for parameter in model.parameters()}
     for optimizer in trainer.optimizers:
-        optimizer.register_step_pre_hook(
-            lambda *_: gradients.update(name_of(p.grad.dtype) for p in model.parameters())
-        )
+        optimizer.register_step_pre_hook(lambda *_: gradients.update(name_of(p.grad.dtype) for p in model.parameters()))
     trainer.train()
     if torch.distributed.get_rank() == 0:
         content = {"forward": forward, "sharded": sorted(sharded), "gradients": sorted(gradients)}

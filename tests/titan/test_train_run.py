@@ -89,9 +89,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(unbroken: Path, tmp_path: Path) ->
     assert validations[0] == validations[1]
 
 
-def test_a_run_killed_while_saving_goes_on_from_the_step_before(
-    unbroken: Path, finished: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_while_saving_goes_on_from_the_step_before(unbroken: Path, finished: Path, tmp_path: Path) -> None:
     assert saved_steps(finished) == {"step-3", "step-6", "step-9", "step-10"}
     (finished / "checkpoint" / "step-10" / ".metadata").unlink()
     before = len(read_records(finished))

@@ -1,0 +1,19 @@
+"""The host's entry points for the plugin's command lines: parse a job, train it."""
+
+import sys
+from typing import Any
+
+import torchtitan.train
+from torchtitan.config import ConfigManager
+
+from .trainer import MegalodonTrainer
+
+
+def read_job(arguments: list[str] | None = None) -> Any:
+    """The job's configuration from the host's command line (by default this process's), TOML file included."""
+    return ConfigManager().parse_args(sys.argv[1:] if arguments is None else arguments)
+
+
+def train() -> None:
+    """Train as this process's command line says, with the plugin's Trainer."""
+    torchtitan.train.main(MegalodonTrainer)
