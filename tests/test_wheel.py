@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from tiny_job import read_records, write_job
 
 CHECKOUT = Path(__file__).parents[1]

@@ -6,7 +6,6 @@ The same options as `-m torchtitan.train`. It also runs on machines without a GP
 the plugin's.
 """
 
-
 from megalodon_plugin.titan import entry
 
 

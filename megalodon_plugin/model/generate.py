@@ -34,6 +34,8 @@ def generate(
         raise ValueError("the model must be in eval mode to generate; call `model.eval()`")
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"`prompt` must have shape (B, L) with L >= 1, but has {tuple(prompt.shape)}")
+    if max_new_tokens < 0:
+        raise ValueError(f"`max_new_tokens` must not be negative, but is {max_new_tokens}")
     if temperature < 0:
         raise ValueError(f"`temperature` must not be negative, but is {temperature}")
     state = None

@@ -70,11 +70,13 @@ class MegalodonState(NamedTuple):
         Raises:
             ValueError: the file holds something else.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(path, device=str(device))
         try:
-            n_layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+            # Cloned, for the file's tensors lie wherever its header ends: aligned to a number's size and no more.
+            tensors = {name: t.clone() for name, t in load_file(path, device=str(device)).items()}
+            n_layers = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=0)
             layers = tuple(
                 LayerState(
                     NormState(*(tensors[f"layers.{i}.norm.{field}"] for field in NormState._fields)),
@@ -84,8 +86,10 @@ class MegalodonState(NamedTuple):
             )
             norm = NormState(*(tensors[f"norm.{field}"] for field in NormState._fields))
             return cls(layers, norm, tensors["position"])
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
             raise ValueError(f"{path} does not hold the state of a Megalodon: {error} is missing") from error
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} does not hold the state of a Megalodon: {error}") from error
 
     def _named(self) -> list[tuple[str, Tensor]]:
         named = [("position", self.position)]

@@ -74,8 +74,8 @@ def cema_definition(
     rotation = torch.polar(torch.ones_like(angle), angle)
     p = a * rotation if cema_input == "paper" else a.to(rotation.dtype)
     q = (1 - a * d) * rotation
-    g = torch.view_as_complex(gamma.to(dtype).contiguous()) * math.sqrt(1 / order)
-    h = x.new_zeros(x.shape[0], *q.shape, dtype=q.dtype) if h0 is None else torch.view_as_complex(h0.contiguous())
+    g = torch.complex(*gamma.to(dtype).unbind(-1)) * math.sqrt(1 / order)
+    h = x.new_zeros(x.shape[0], *q.shape, dtype=q.dtype) if h0 is None else torch.complex(*h0.unbind(-1))
     outputs = []
     for x_t in x.to(dtype).unbind(1):  # (B, D)
         h = p * x_t.unsqueeze(-1) + q * h  # (B, D, N)
@@ -121,7 +121,8 @@ def _start(x: Tensor, alpha: Tensor, h0: Tensor | None) -> Tensor:
     dtype = compute_dtype(x, alpha)
     if h0 is None:
         return torch.complex(*[x.new_zeros(x.shape[2], x.shape[0], alpha.shape[1], dtype=dtype)] * 2)
-    return torch.view_as_complex(h0.to(dtype).contiguous()).transpose(0, 1).contiguous()
+    # A complex view would need memory aligned to twice a real number's size, which a mapped file does not give.
+    return torch.complex(*h0.to(dtype).transpose(0, 1).unbind(-1))
 
 
 def _to_state(h: Tensor, dtype: torch.dtype) -> Tensor:

@@ -65,7 +65,7 @@ def coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, rot
     # |q| = 1 - a d may round to 0 when both saturate; its logarithm must stay finite.
     log_decay = torch.log1p(-(a * d).clamp(max=1 - 1e-15))
     p = torch.polar(a, angle) if rotate_input else torch.complex(a, torch.zeros_like(a))
-    g = torch.view_as_complex(gamma.double().contiguous()) * math.sqrt(1 / order)
+    g = torch.complex(*gamma.double().unbind(-1)) * math.sqrt(1 / order)
     return Coefficients(p, torch.complex(log_decay, angle), g, a, d, f, steps, rotate_input)
 
 

@@ -194,5 +194,5 @@ def _flops(q_shape, k_shape, v_shape, chunk_size, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.megalodon.chunk_attention_backward)
-def _backward_flops(dout_shape, q_shape, k_shape, v_shape, out_shape, sum_shape, chunk_size, *args, **kwargs) -> int:
+def _backward_flops(dout_shape, q_shape, k_shape, v_shape, attended, log_sum, chunk_size, *args, **kwargs) -> int:
     return 2 * _flops(q_shape, k_shape, v_shape, chunk_size)

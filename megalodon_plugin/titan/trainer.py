@@ -12,7 +12,9 @@ from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from . import layout
+from .args import MegalodonModelArgs
 from .checkpoint_guard import check_data, check_fits, checkpoint_to_load, remove_incomplete, saved_tensors
+from .loss import ScaledLoss
 
 
 class MegalodonTrainer(Trainer):
@@ -22,6 +24,8 @@ class MegalodonTrainer(Trainer):
     * looks at the checkpoint before it loads it (see `checkpoint_guard`);
     * scales the loss before the backward pass under pipeline parallelism;
     * writes `model.json`, the model's configuration, into the dump folder, for whoever reads the checkpoint.
+
+    The host's own models train under it as they do under `Trainer`.
     """
 
     def __init__(self, job_config: Any):
@@ -29,6 +33,8 @@ class MegalodonTrainer(Trainer):
             layout.mark_own_entry()
         self._saves_random_state = True
         super().__init__(job_config)
+        if job_config.checkpoint.create_seed_checkpoint:
+            self._write_model_json()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -50,12 +56,12 @@ class MegalodonTrainer(Trainer):
 
     def train(self) -> None:
         self._prepare_checkpoints()
+        self._write_model_json()  # not before the checks: those of another configuration leave the file as it is
         super().train()
 
     def _prepare_checkpoints(self) -> None:
         dump_folder = Path(self.job_config.job.dump_folder)
-        first_rank = torch.distributed.get_rank() == 0
-        if self.job_config.checkpoint.enable and first_rank:
+        if self.job_config.checkpoint.enable and torch.distributed.get_rank() == 0:
             remove_incomplete(dump_folder / self.job_config.checkpoint.folder)
         torch.distributed.barrier()
         checkpoint = checkpoint_to_load(self.job_config)
@@ -70,8 +76,6 @@ class MegalodonTrainer(Trainer):
             if missing and full_checkpoint:
                 logger.warning("The checkpoint holds no random state for this layout: dropout will not resume exactly")
                 self._without_random_state_while_loading()
-        if first_rank:
-            write_model_json(dump_folder, self.job_config, self.model_args)
 
     def _without_random_state_while_loading(self) -> None:
         """Leave the random state out of what the host asks of this one checkpoint."""
@@ -86,20 +90,24 @@ class MegalodonTrainer(Trainer):
 
         self.checkpointer.load = load_without  # type: ignore[method-assign]
 
+    def _write_model_json(self) -> None:
+        if isinstance(self.model_args, MegalodonModelArgs) and torch.distributed.get_rank() == 0:
+            write_model_json(Path(self.job_config.job.dump_folder), self.job_config, self.model_args)
+
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
     ) -> Tensor:
-        if not self.parallel_dims.pp_enabled:
+        if not self.parallel_dims.pp_enabled or not isinstance(self.loss_fn, ScaledLoss):
             return super().forward_backward_step(
                 input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
             )
-        self.loss_fn.scale = 1.0 / global_valid_tokens  # type: ignore[attr-defined]
+        self.loss_fn.scale = 1.0 / global_valid_tokens
         try:
             # The losses come back scaled; the host's division by a count of 1 leaves them so.
             one = torch.ones((), device=self.device)
             return super().forward_backward_step(input_dict=input_dict, labels=labels, global_valid_tokens=one)
         finally:
-            self.loss_fn.scale = 1.0  # type: ignore[attr-defined]
+            self.loss_fn.scale = 1.0
 
 
 def write_model_json(dump_folder: Path, job_config: Any, model_args: Any) -> None:

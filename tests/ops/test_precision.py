@@ -218,3 +218,23 @@ def test_cema_never_makes_a_tensor_of_every_hidden_state():
         assert min(largest[length]) >= length * dim  # the mode sees at least the op's result
         assert max(largest[length]) < length * dim * N / 4, largest
     assert all(twice <= 2 * once for once, twice in zip(*largest.values(), strict=True))
+
+
+def off_by_one_number(t):
+    """The same numbers in memory that is aligned to one number and no more, as a file mapped into memory gives it."""
+    memory = torch.empty(t.numel() + 1, dtype=t.dtype)
+    moved = memory[1:].view(t.shape).copy_(t)
+    assert moved.data_ptr() % 16 and moved.is_contiguous()
+    return moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cema_takes_memory_of_any_alignment(dtype):
+    """A complex view of such memory crashes the process where complex numbers are read by aligned instructions."""
+    arguments = {name: value.to(dtype) for name, value in CASES["cema"][1].items()}
+    want = values_and_gradients(run_cema, arguments)
+    moved = {name: off_by_one_number(value).requires_grad_(True) for name, value in arguments.items()}
+    outputs = run_cema(**moved)
+    gradients = torch.autograd.grad(outputs, list(moved.values()), output_weights(outputs))
+    for got, expected in zip([*outputs, *gradients], want.values(), strict=True):
+        assert torch.equal(got, expected)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_job import SECTIONS, read_job, write_job
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +14,8 @@ from megalodon_plugin.model import attention as attention_module
 from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
 from megalodon_plugin.titan import layout
 from megalodon_plugin.titan.args import MODEL_OPTIONS, Flavors, MegalodonModelArgs
+
+from tiny_job import SECTIONS, read_job, write_job
 
 # A value for every option, each different from the debug flavor's.
 EVERY_OPTION: dict[str, Any] = {

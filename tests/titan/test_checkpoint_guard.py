@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tiny_job import read_job, write_job
 
 from megalodon_plugin.model import PRESETS, Megalodon, MegalodonConfig
 from megalodon_plugin.titan.checkpoint_guard import (
@@ -16,6 +15,8 @@ from megalodon_plugin.titan.checkpoint_guard import (
     remove_incomplete,
     saved_tensors,
 )
+
+from tiny_job import read_job, write_job
 
 TINY = dataclasses.replace(
     PRESETS["debug"], vocab_size=258, dim=32, n_layers=2, z_dim=16, value_dim=64, ffn_dim=48, norm_groups=4

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_job import read_job
 
 from megalodon_plugin.titan import layout
+
+from tiny_job import read_job
 
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tiny_job import losses_and_norms, read_records, train_well, write_job
 
 STEPS = 4

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from matplotlib import image
+
+from megalodon_plugin.cli.main import main
+
 from tiny_job import (
     losses_and_norms,
     read_job,
@@ -19,8 +22,6 @@ from tiny_job import (
     write_job,
     write_texts,
 )
-
-from megalodon_plugin.cli.main import main
 
 # Everything that a resumed run could get wrong: random numbers, two groups of the optimizer, held-out text.
 HARD = {

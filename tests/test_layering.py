@@ -1,0 +1,136 @@
+"""The package's layers, read from its imports: cli -> titan -> parallel -> model -> ops, each imports what stands to its
+right; and what else holds for every source file."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "megalodon_plugin"
+OURS = "megalodon_plugin"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MAY_IMPORT = {
+    "": set(),  # the package's own __init__
+    "ops": {"kernels"},
+    "model": {"ops"},
+    "parallel": {"model", "ops"},
+    "checkpoint": {"model", "ops"},
+    "titan": {"parallel", "model", "ops", "checkpoint"},
+    "cli": {"titan", "parallel", "model", "ops", "checkpoint", "kernels"},
+    "kernels": set(),
+}
+IMPORTS_TORCHTITAN = {"titan", "cli"}
+# Parameters may be sharded by the host: initialisation knows the sharded tensor type, and nothing else of ranks.
+IMPORTS_DISTRIBUTED = {"model/init.py": {"torch.distributed.tensor"}}
+MOST_LINES = 400
+MACHINE_PATH = re.compile(r"""["'`\s(=](/(?:home|Users|work|mnt|root|opt|scratch|data)/\w)""")
+
+
+def label(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def layer_of(path):
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def imported_modules(source, package):
+    """Absolute names of what a source imports anywhere, in functions too; `from a import b` gives a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                kept = parents[: len(parents) - node.level + 1]
+                base = ".".join([*kept, base] if base else kept)
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+    return names
+
+
+def imports_of(path):
+    return imported_modules(path.read_text(), ".".join(path.parent.relative_to(ROOT).parts))
+
+
+def starts(name, prefix):
+    return name == prefix or name.startswith(prefix + ".")
+
+
+each_source = pytest.mark.parametrize("path", SOURCES, ids=label)
+
+
+def test_the_package_is_found():
+    assert {"ops", "model", "checkpoint", "titan", "cli"} <= {layer_of(path) for path in SOURCES}
+
+
+@each_source
+def test_a_layer_imports_only_what_stands_to_its_right(path):
+    layer = layer_of(path)
+    assert layer in MAY_IMPORT, f"{layer} is no layer of the house"
+    imported = {name.split(".")[1] for name in imports_of(path) if name.startswith(OURS + ".")}
+    layers = imported & (MAY_IMPORT.keys() - {layer})
+    assert layers <= MAY_IMPORT[layer], f"{label(path)} imports {sorted(layers - MAY_IMPORT[layer])}"
+
+
+@each_source
+def test_the_host_is_imported_by_its_adapter_and_the_commands_alone(path):
+    if layer_of(path) not in IMPORTS_TORCHTITAN:
+        assert not {name for name in imports_of(path) if starts(name, "torchtitan")}
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if layer_of(path) in ("ops", "model")], ids=label)
+def test_ops_and_model_never_see_a_rank(path):
+    allowed = IMPORTS_DISTRIBUTED.get(path.relative_to(PACKAGE).as_posix(), set())
+    found = {name for name in imports_of(path) if starts(name, "torch.distributed")}
+    assert not {name for name in found if not any(starts(name, prefix) for prefix in allowed)}
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if layer_of(path) == "ops"], ids=label)
+def test_ops_never_see_a_module(path):
+    found = {name for name in imports_of(path) if starts(name, "torch.nn")}
+    assert not {name for name in found if not starts(name, "torch.nn.functional") and name != "torch.nn"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "reference").rglob("[!t]*.py")), ids=label)
+def test_the_oracle_imports_nothing_of_ours(path):
+    assert not {name for name in imports_of(path) if starts(name, OURS)}
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=label)
+def test_no_file_is_too_long(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS, *sorted((ROOT / "train_configs").glob("*.toml"))], ids=label)
+def test_no_path_of_a_machine(path):
+    assert MACHINE_PATH.findall(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import torchtitan.train", "torchtitan.train"),
+        ("def f():\n    from torchtitan import train", "torchtitan.train"),
+        ("from ..titan import cpu", "megalodon_plugin.titan.cpu"),
+        ("from .. import titan", "megalodon_plugin.titan"),
+        ("from . import checks", "megalodon_plugin.ops.checks"),
+        ("from .checks import compute_dtype", "megalodon_plugin.ops.checks"),
+        ("import importlib\nimportlib.import_module('torchtitan')", "torchtitan"),
+    ],
+)
+def test_the_reader_of_imports_sees(source, name):
+    assert name in imported_modules(source, "megalodon_plugin.ops")
+
+
+def test_the_pattern_for_paths_of_a_machine():
+    root = "/"
+    assert MACHINE_PATH.search(f'open("{root}home/someone/x")')
+    assert not MACHINE_PATH.search("a/data/b and https://host/data/x, D/G, /dev/null, d mu/data")
