@@ -63,6 +63,14 @@ def checkpoint_to_load(job_config: Any) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
+def loads_model_only(job_config: Any, checkpoint: Path) -> bool:
+    """Whether the host takes just the model from the folder that `checkpoint_to_load` names."""
+    own_folder = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
+    if checkpoint.parent == own_folder:
+        return checkpoint.name == "step-0"  # a seed checkpoint
+    return job_config.checkpoint.initial_load_model_only
+
+
 def saved_tensors(checkpoint: Path) -> dict[str, torch.Size] | None:
     """Names and shapes of the tensors in a checkpoint of the host's format; None for another format."""
     if not (checkpoint / ".metadata").is_file():

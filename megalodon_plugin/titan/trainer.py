@@ -13,7 +13,14 @@ from torchtitan.train import Trainer
 
 from . import layout
 from .args import MegalodonModelArgs
-from .checkpoint_guard import check_data, check_fits, checkpoint_to_load, remove_incomplete, saved_tensors
+from .checkpoint_guard import (
+    check_data,
+    check_fits,
+    checkpoint_to_load,
+    loads_model_only,
+    remove_incomplete,
+    saved_tensors,
+)
 from .loss import ScaledLoss
 
 
@@ -66,16 +73,16 @@ class MegalodonTrainer(Trainer):
         torch.distributed.barrier()
         checkpoint = checkpoint_to_load(self.job_config)
         saved = saved_tensors(checkpoint) if checkpoint is not None else None
-        if checkpoint is not None and saved is not None:
-            check_fits(checkpoint, saved, self.model_parts)
-            if "dataloader" not in self.job_config.checkpoint.exclude_from_loading:
-                check_data(checkpoint, saved, self.dataloader)
-            wanted = [f"train_state.{name}" for name in self.state_dict() if "random_state" in name]
-            missing = [name for name in wanted if name not in saved]
-            full_checkpoint = any(name.startswith("train_state.") or name.startswith("optimizer.") for name in saved)
-            if missing and full_checkpoint:
-                logger.warning("The checkpoint holds no random state for this layout: dropout will not resume exactly")
-                self._without_random_state_while_loading()
+        if checkpoint is None or saved is None:
+            return
+        check_fits(checkpoint, saved, self.model_parts)
+        if loads_model_only(self.job_config, checkpoint):
+            return
+        if "dataloader" not in self.job_config.checkpoint.exclude_from_loading:
+            check_data(checkpoint, saved, self.dataloader)
+        if any("random_state" in name and f"train_state.{name}" not in saved for name in self.state_dict()):
+            logger.warning("The checkpoint holds no random state for this layout: dropout will not resume exactly")
+            self._without_random_state_while_loading()
 
     def _without_random_state_while_loading(self) -> None:
         """Leave the random state out of what the host asks of this one checkpoint."""
