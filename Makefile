@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A build of torch that the machine can use. Plain PyPI brings CUDA with it; set TORCH="torch" on a GPU machine.
+# Installed first, so that nothing else chooses a build. Any torch from 2.11 to 2.13 will do: make install TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 
@@ -35,4 +35,4 @@ test: lint types
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) build *.egg-info

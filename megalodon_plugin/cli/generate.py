@@ -1,11 +1,14 @@
 """`megalodon generate`: continue a text from a checkpoint, token by token."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
 from megalodon_plugin.model import generate
+
+CONTEXT_TOKENS = 16
 
 
 def generate_from_checkpoint(
@@ -24,18 +27,39 @@ def generate_from_checkpoint(
     if not ids:
         raise ValueError(f"`prompt` must give at least one token, but {prompt!r} gives none")
     generator = torch.Generator(device).manual_seed(seed)
-    new_ids: list[int] = []
-    shown = ""
+    tokens = generate(
+        model,
+        torch.tensor([ids], device=device),
+        max_new_tokens,
+        temperature,
+        generator,
+        n_tokens=min(tokenizer.get_vocab_size(), model.cfg.n_outputs),
+    )
     out.write(prompt)
-    for token in generate(model, torch.tensor([ids], device=device), max_new_tokens, temperature, generator):
-        if int(token) == tokenizer.eos_id:
-            break
-        new_ids.append(int(token))
-        text = tokenizer.decode(new_ids)
-        # A character of several bytes is written once it is whole.
-        if not text.endswith("\ufffd"):
-            out.write(text[len(shown) :])
-            out.flush()
-            shown = text
+    continuation = ""
+    for text in _texts((int(token) for token in tokens), ids, tokenizer):
+        out.write(text)
+        out.flush()
+        continuation += text
     out.write("\n")
-    return shown
+    return continuation
+
+
+def _texts(new_tokens: Iterator[int], ids: list[int], tokenizer: Any) -> Iterator[str]:
+    """Yield the text that each new token adds, up to the end mark; a character of several bytes once it is whole.
+
+    A token's text may depend on the one before it (SentencePiece drops a leading space), so each is decoded behind the
+    last few, not alone and not behind the whole text.
+    """
+    window = ids[-CONTEXT_TOKENS:]
+    shown = tokenizer.decode(window)
+    for token in new_tokens:
+        if token == tokenizer.eos_id:
+            return
+        window.append(token)
+        text = tokenizer.decode(window)
+        if text.endswith("\ufffd"):
+            continue
+        yield text[len(shown) :]
+        window = window[-CONTEXT_TOKENS:]
+        shown = tokenizer.decode(window)

@@ -62,11 +62,15 @@ def training_command(config: Path, nproc: int, options: list[str]) -> list[str]:
         ValueError: the file does not exist, or the number of processes is not positive.
     """
     if not config.is_file():
-        raise ValueError(f"the configuration file must exist, but {config} does not")
+        raise ValueError(f"the configuration file must come first and exist, but {str(config)!r} is no file")
     if nproc < 1:
         raise ValueError(f"`--nproc` must be at least 1, but is {nproc}")
-    torchrun = ["--standalone", "--nproc_per_node", str(nproc), "-m", "megalodon_plugin.cli.train"]
-    return [sys.executable, "-m", "torch.distributed.run", *torchrun, "--job.config_file", str(config), *options]
+    torchrun = ["--standalone", "--nproc_per_node", str(nproc)]
+    if nproc > 1:
+        # As torchtitan's own script does: every rank logs, one or those that LOG_RANK names are shown.
+        torchrun += ["--local-ranks-filter", os.environ.get("LOG_RANK", "0"), "--role", "rank", "--tee", "3"]
+    job = ["-m", "megalodon_plugin.cli.train", "--job.config_file", str(config)]
+    return [sys.executable, "-m", "torch.distributed.run", *torchrun, *job, *options]
 
 
 if __name__ == "__main__":

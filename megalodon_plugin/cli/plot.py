@@ -21,7 +21,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the last line of a killed run may be cut
+            continue  # a killed run may have left a line half-written
         records[record["kind"], record["step"]] = record
     if not records:
         raise ValueError(f"{path} must hold at least one record, but is empty")
@@ -39,7 +39,7 @@ def plot_run(run: Path, levels: dict[str, float] | None = None) -> Path:
 
     Args:
         run: the job's dump folder.
-        levels: horizontal lines to compare with, label -> loss.
+        levels: horizontal lines to compare with, label -> loss; by default those of an earlier picture.
     """
     import matplotlib
 
@@ -47,7 +47,9 @@ def plot_run(run: Path, levels: dict[str, float] | None = None) -> Path:
     import matplotlib.pyplot as plt
 
     records = read_metrics(run)
-    levels = levels or {}
+    numbers_file = run / "loss.json"
+    if levels is None:
+        levels = json.loads(numbers_file.read_text())["levels"] if numbers_file.is_file() else {}
     curves = {kind: losses(records, kind) for kind in LOSS}
     figure, axes = plt.subplots(figsize=(8, 5))
     axes.plot(*curves["train"], color="tab:blue", linewidth=1.2, label="training")
@@ -66,5 +68,7 @@ def plot_run(run: Path, levels: dict[str, float] | None = None) -> Path:
     figure.savefig(picture, dpi=120)
     plt.close(figure)
     numbers = {kind: [{"step": s, "loss": v} for s, v in zip(*curve, strict=True)] for kind, curve in curves.items()}
-    (run / "loss.json").write_text(json.dumps(numbers | {"levels": levels}, indent=1) + "\n")
+    unfinished = run / "loss.json.unfinished"
+    unfinished.write_text(json.dumps(numbers | {"levels": levels}, indent=1) + "\n")
+    unfinished.replace(numbers_file)
     return picture

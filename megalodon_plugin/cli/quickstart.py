@@ -16,9 +16,18 @@ PROMPT = "def read_lines(path):\n    "
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the whole of it; options that are not known here go to torchtitan."""
+    try:
+        _run(arguments)
+    except ValueError as error:
+        sys.exit(f"quickstart: {error}")
+
+
+def _run(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--config", type=Path, default=CONFIG)
     known, options = parser.parse_known_args(arguments)
+
+    from megalodon_plugin.titan.checkpoint_guard import is_complete
 
     from .generate import generate_from_checkpoint
     from .main import training_command
@@ -32,7 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
     if finished.returncode:
         sys.exit(finished.returncode)
     steps, values = losses(read_metrics(run), "validation")
-    last = max(checkpoints.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
+    complete = [path for path in checkpoints.glob("step-*") if is_complete(path)]
+    if not values or not complete:
+        raise ValueError(
+            "`validation.enable` and `checkpoint.enable` must be on, for the quickstart shows what they give"
+        )
+    last = max(complete, key=lambda path: int(path.name.split("-")[1]))
     print(f"\nquickstart: a sample of {last}, from the prompt {PROMPT!r}:\n{'-' * 80}")
     sample = generate_from_checkpoint(last, PROMPT, max_new_tokens=600, temperature=0.7, seed=0, out=sys.stdout)
     print("-" * 80)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalodon_plugin.ops import chunk_attention
-from megalodon_plugin.ops.checks import compute_dtype
+from megalodon_plugin.ops.checks import compute_dtype, without_autocast
 
 
 def first_cache(t: Tensor, chunk_size: int) -> Tensor:
@@ -64,10 +64,11 @@ def _attend_dense(q: Tensor, k_all: Tensor, v_all: Tensor, fill: Tensor, chunk_s
     cached_slots = torch.arange(chunk_size, device=q.device)
     sees_cache = (query_chunk == 0).unsqueeze(2) & (cached_slots < fill).unsqueeze(1)  # (B, L, C)
     sees_piece = (query_chunk.unsqueeze(2) == query_chunk.unsqueeze(1)) & (steps <= steps.unsqueeze(1))  # (B, L, L)
-    scores = torch.einsum("blhe,bshe->bhls", q, k_all).to(dtype)
     hidden = ~torch.cat([sees_cache, sees_piece], 2).unsqueeze(1)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.einsum("bhls,bshf->blhf", weights.to(v_all.dtype), v_all)
+    with without_autocast(q):
+        scores = torch.einsum("blhe,bshe->bhls", q.to(dtype), k_all.to(dtype))
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return torch.einsum("bhls,bshf->blhf", weights.to(v_all.dtype), v_all)
 
 
 def _attend_aligned(q: Tensor, k_all: Tensor, v_all: Tensor, fill: Tensor, chunk_size: int) -> Tensor:

@@ -45,9 +45,10 @@ def chunk_attention_definition(q: Tensor, k: Tensor, v: Tensor, chunk_size: int,
     outputs = []
     for start in range(0, q.shape[1], chunk_size):
         q_c, k_c, v_c = (t[:, start : start + chunk_size].transpose(1, 2).to(dtype) for t in (q, k, v))  # (B, H, C, .)
-        scores = q_c @ k_c.transpose(2, 3)  # (B, H, C, C)
-        weights = scores.masked_fill(_future(scores), float("-inf")).softmax(-1)
-        outputs.append((F.dropout(weights, dropout) @ v_c).transpose(1, 2))
+        with without_autocast(q):
+            scores = q_c @ k_c.transpose(2, 3)  # (B, H, C, C)
+            weights = scores.masked_fill(_future(scores), float("-inf")).softmax(-1)
+            outputs.append((F.dropout(weights, dropout) @ v_c).transpose(1, 2))
     return torch.cat(outputs, 1).to(v.dtype)
 
 
@@ -109,8 +110,16 @@ def _product_dtype(q: Tensor) -> torch.dtype:
     return compute_dtype(q) if q.device.type == "cpu" else q.dtype
 
 
+def _full_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b^T of (rows, chunk, .) in float32 (float64): a bfloat16 result would round scores of 10 by 0.03."""
+    dtype = compute_dtype(a)
+    if a.dtype == torch.bfloat16 and a.is_cuda:
+        return torch.bmm(a, b.transpose(1, 2), out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype).transpose(1, 2)
+
+
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    scores = (q @ k.transpose(1, 2)).to(compute_dtype(q))
+    scores = _full_product(q, k)
     return scores.masked_fill_(_future(scores), float("-inf"))
 
 
@@ -149,7 +158,7 @@ def _attention_backward_op(
             for rows in _groups(vc.shape[0], chunk):
                 weights = _scores(qc[rows], kc[rows]).sub_(log_sums[rows]).exp_()
                 dv[rows] = weights.to(vc.dtype).transpose(1, 2) @ doutc[rows]
-                dscores = (doutc[rows] @ vc[rows].transpose(1, 2)).to(weights.dtype)
+                dscores = _full_product(doutc[rows], vc[rows])
                 dscores -= (outc[rows].to(weights.dtype) * doutc[rows]).sum(-1, keepdim=True)
                 dscores = dscores.mul_(weights).to(qc.dtype)
                 dq[rows] = dscores @ kc[rows]

@@ -61,6 +61,10 @@ class MegalodonModelArgs(MegalodonConfig, BaseModelArgs):
             raise ValueError(
                 f"`megalodon.vocab_size` must be at least the tokenizer's {tokens} tokens, but is {self.vocab_size}"
             )
+        if tokens > self.n_outputs:
+            raise ValueError(
+                f"`megalodon.output_size` must be at least the tokenizer's {tokens} tokens, but is {self.n_outputs}"
+            )
         layout.check_job(job_config, self)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
@@ -86,6 +90,9 @@ class Flavors(Mapping[str, MegalodonModelArgs]):
         if flavor not in PRESETS:
             raise ValueError(f"`model.flavor` must be one of {', '.join(PRESETS)}, but is {flavor!r}")
         return MegalodonModelArgs(**dataclasses.asdict(PRESETS[flavor]))
+
+    def __contains__(self, flavor: object) -> bool:
+        return flavor in PRESETS
 
     def __iter__(self) -> Iterator[str]:
         return iter(PRESETS)

@@ -19,8 +19,8 @@ from torchtitan.tools.logging import logger
 from .dataloader import TextLoader
 
 _STEP = re.compile(r"^step-(\d+)$")
-# What a complete checkpoint holds: the host's own format, or safetensors.
-_COMPLETE = (".metadata", "model.safetensors.index.json", "model.safetensors")
+# What the host takes for a complete checkpoint: its own format, or safetensors. Both files are written last.
+_COMPLETE = (".metadata", "model.safetensors.index.json")
 
 
 def is_complete(folder: Path) -> bool:
@@ -33,10 +33,13 @@ def remove_incomplete(checkpoint_folder: Path) -> list[Path]:
     if not checkpoint_folder.is_dir():
         return []
     steps = sorted(path for path in checkpoint_folder.iterdir() if path.is_dir() and _STEP.match(path.name))
-    broken = [path for path in steps if not is_complete(path)]
+    # Weights as safetensors may have been put there by hand: never deleted, though the host would not load them so.
+    broken = [path for path in steps if not is_complete(path) and not any(path.glob("*.safetensors"))]
     for path in broken:
         logger.warning(f"Deleting the half-written checkpoint {path}")
         shutil.rmtree(path)
+    if broken and not any(checkpoint_folder.iterdir()):
+        checkpoint_folder.rmdir()  # where the folder exists, the host ignores `checkpoint.initial_load_path`
     return broken
 
 
@@ -44,7 +47,8 @@ def checkpoint_to_load(job_config: Any) -> Path | None:
     """The folder that the host will load for this job, None if it starts afresh.
 
     Raises:
-        ValueError: `checkpoint.load_step` names a step without a complete checkpoint.
+        ValueError: `checkpoint.load_step` names a step without a complete checkpoint, or the host would ignore
+            `checkpoint.initial_load_path` and start afresh.
     """
     checkpoint = job_config.checkpoint
     if not checkpoint.enable:
@@ -60,6 +64,11 @@ def checkpoint_to_load(job_config: Any) -> Path | None:
                 f"{sorted(steps) or 'none'}), but is {checkpoint.load_step}"
             )
         return steps[checkpoint.load_step]
+    if not steps and checkpoint.initial_load_path:
+        raise ValueError(
+            f"`checkpoint.initial_load_path` needs that {folder} does not exist yet; but it does, without a complete "
+            "checkpoint in it, and the host would start afresh. Remove that folder"
+        )
     return steps[max(steps)] if steps else None
 
 

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,18 @@ from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import text_datasets
 from torchtitan.tools.logging import logger
 
-from .text_files import PYTHON_STDLIB, Unit, cut_into_units, find_python_stdlib, find_text_files, piece_bytes_of
+from megalodon_plugin.model.config import check_types
+
+from .job_config import Data
+from .text_files import (
+    PYTHON_STDLIB,
+    TextFile,
+    Unit,
+    cut_into_units,
+    find_python_stdlib,
+    find_text_files,
+    piece_bytes_of,
+)
 from .text_files import split_units as split
 from .text_reader import TextReader
 from .text_rows import Corpus, Cursor, RankRows, lanes_of_rank, rows_in_order
@@ -26,16 +36,6 @@ LOCAL_TEXT = "local_text"
 OWN_DATASETS = (LOCAL_TEXT, PYTHON_STDLIB)
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class DataDefaults:
-    """`[data]` of a job whose configuration lacks the plugin's sections."""
-
-    seed: int = 0
-    validation_fraction: float = 0.0
-    broken_lines: str = "error"
-    text_field: str = "text"
 
 
 def build_text_dataloader(
@@ -237,14 +237,17 @@ def _is_own(section: str, dataset: str) -> bool:
 
 def _corpus(job_config: JobConfig, section: str, tokenizer: BaseTokenizer) -> Corpus:
     """The corpus of `section` ("training" | "validation"), without what is held out for the other one."""
-    data = getattr(job_config, "data", None) or DataDefaults()
-    options = getattr(job_config, section)
+    data = getattr(job_config, "data", None) or Data()
+    try:
+        check_types(data, Data)
+    except ValueError as error:
+        raise ValueError(f"[data] {error}") from error
     if not 0 <= data.validation_fraction < 1:
         raise ValueError(f"`data.validation_fraction` must be in [0, 1), but is {data.validation_fraction}")
-    files_of = {LOCAL_TEXT: lambda: _local_files(section, options), PYTHON_STDLIB: find_python_stdlib}
-    files = files_of[options.dataset.lower()]()
-    shared = _source(job_config.training) == _source(job_config.validation)
-    # Both sides of a split must cut the files alike, whatever the length of their rows.
+    options = getattr(job_config, section)
+    shared = _same_files(job_config)
+    # Both sides of a split must name and cut the files alike, however each spells them and whatever its rows' length.
+    files = _files("training" if shared else section, job_config)
     seq_len = job_config.training.seq_len if shared else options.seq_len
     _check_batch(options.local_batch_size, min(seq_len, options.seq_len))
     piece_bytes = piece_bytes_of(files, seq_len)
@@ -258,7 +261,10 @@ def _corpus(job_config: JobConfig, section: str, tokenizer: BaseTokenizer) -> Co
     return Corpus(units, reader, tokenizer, options.seq_len, data.seed, path)
 
 
-def _local_files(section: str, options: Any) -> list[Any]:
+def _files(section: str, job_config: JobConfig) -> list[TextFile]:
+    options = getattr(job_config, section)
+    if options.dataset.lower() == PYTHON_STDLIB:
+        return find_python_stdlib()
     key = f"{section}.dataset_path"
     if not options.dataset_path:
         raise ValueError(
@@ -267,11 +273,31 @@ def _local_files(section: str, options: Any) -> list[Any]:
     return find_text_files(options.dataset_path, key)
 
 
-def _source(options: Any) -> tuple[str, str]:
-    """What tells whether training and validation name the same data."""
-    name = options.dataset.lower()
-    path = options.dataset_path if name != PYTHON_STDLIB else None
-    return name, os.path.abspath(path) if path else ""
+def _same_files(job_config: JobConfig) -> bool:
+    """Whether training and validation are the same files, however they are spelled.
+
+    Raises:
+        ValueError: they have some files in common and others not, so that held-out text would be trained on.
+    """
+    names = {job_config.training.dataset.lower(), job_config.validation.dataset.lower()}
+    if not names <= set(OWN_DATASETS):
+        return False
+    if names == {PYTHON_STDLIB}:
+        return True
+    training = {os.path.realpath(file.path) for file in _files("training", job_config)}
+    try:
+        validation = {os.path.realpath(file.path) for file in _files("validation", job_config)}
+    except ValueError:
+        if job_config.validation.enable:
+            raise
+        return False
+    if training != validation and training & validation:
+        raise ValueError(
+            "`validation.dataset_path` must name the training files (of which a share is held out) or others, "
+            f"but of its {len(validation)} files {len(training & validation)} are training files, and "
+            f"{len(training - validation)} training files are not among them"
+        )
+    return training == validation
 
 
 def _side(units: list[Unit], section: str, fraction: float, seed: int) -> list[Unit]:

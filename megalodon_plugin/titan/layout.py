@@ -15,6 +15,11 @@ def mark_own_entry() -> None:
     _own_entry = True
 
 
+def is_own_entry() -> bool:
+    """Whether the plugin's Trainer runs this process."""
+    return _own_entry
+
+
 def check_job(job_config: Any, args: Any) -> None:
     """Raise ValueError for a layout that the stock entry would train wrongly or that the plugin does not have.
 

@@ -1,6 +1,5 @@
 """Loads a model that training wrote, without a process group: for generation and evaluation."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,14 @@ import torch.distributed.checkpoint as dcp
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
 from .checkpoint_guard import check_fits, is_complete, saved_tensors
+from .model_json import read_model_json
 from .tokenizer import load_tokenizer
 
 
 def load_checkpoint(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[Megalodon, Any]:
     """The model, in eval mode, and the tokenizer of a `step-N` folder.
 
-    `model.json`, which the plugin's own entry writes into the job's dump folder, tells the configuration.
+    `model.json` in the job's dump folder tells the configuration.
 
     Raises:
         ValueError: the folder is missing, half-written or of another configuration, or `model.json` is missing.
@@ -26,12 +26,7 @@ def load_checkpoint(checkpoint: Path, device: torch.device | str = "cpu") -> tup
     saved = saved_tensors(checkpoint) if is_complete(checkpoint) else None
     if saved is None:
         raise ValueError(f"the checkpoint {checkpoint} must be complete and in the host's format, but has no .metadata")
-    description = next(
-        (p / "model.json" for p in checkpoint.resolve().parents[:2] if (p / "model.json").is_file()), None
-    )
-    if description is None:
-        raise ValueError(f"`model.json` must lie in the job's dump folder, two levels above {checkpoint}, but does not")
-    content = json.loads(description.read_text())
+    content = read_model_json(checkpoint)
     with torch.device("meta"):
         model = Megalodon(MegalodonConfig(**content["model"]))
     check_fits(checkpoint, saved, [model])

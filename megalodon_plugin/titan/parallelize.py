@@ -41,13 +41,19 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     """The model with activation checkpointing, then compiled layer by layer, then sharded, each as the job asks.
 
     Raises:
-        ValueError: torch.compile together with FSDP, which the plugin does not combine yet.
+        ValueError: torch.compile of the layers, or dropout, together with FSDP, which the plugin does not combine yet.
     """
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
     if parallel_dims.fsdp_enabled and compile_model:
         raise ValueError(
             '`compile.components` must not hold "model" with `parallelism.data_parallel_shard_degree` = '
             f"{parallel_dims.dp_shard}: the layers' float32 parameter groups cannot be compiled into one graph yet"
+        )
+    dropouts = [name for name in ("dropout", "hidden_dropout", "attention_dropout") if getattr(model.cfg, name) > 0]
+    if parallel_dims.fsdp_enabled and dropouts:
+        raise ValueError(
+            f"`megalodon.{dropouts[0]}` must be 0 with `parallelism.data_parallel_shard_degree` = "
+            f"{parallel_dims.dp_shard}: the host seeds all data ranks alike, so they would drop the same places"
         )
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(

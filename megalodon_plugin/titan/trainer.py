@@ -1,7 +1,5 @@
 """torchtitan's Trainer with what Megalodon runs need of it; start it by `megalodon_plugin.cli.train`."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from .checkpoint_guard import (
     saved_tensors,
 )
 from .loss import ScaledLoss
+from .model_json import write_model_json
 
 
 class MegalodonTrainer(Trainer):
@@ -68,8 +67,9 @@ class MegalodonTrainer(Trainer):
 
     def _prepare_checkpoints(self) -> None:
         dump_folder = Path(self.job_config.job.dump_folder)
-        if self.job_config.checkpoint.enable and torch.distributed.get_rank() == 0:
-            remove_incomplete(dump_folder / self.job_config.checkpoint.folder)
+        checkpoint_options = self.job_config.checkpoint
+        if checkpoint_options.enable and not checkpoint_options.load_only and torch.distributed.get_rank() == 0:
+            remove_incomplete(dump_folder / checkpoint_options.folder)
         torch.distributed.barrier()
         checkpoint = checkpoint_to_load(self.job_config)
         saved = saved_tensors(checkpoint) if checkpoint is not None else None
@@ -78,7 +78,7 @@ class MegalodonTrainer(Trainer):
         check_fits(checkpoint, saved, self.model_parts)
         if loads_model_only(self.job_config, checkpoint):
             return
-        if "dataloader" not in self.job_config.checkpoint.exclude_from_loading:
+        if "dataloader" not in checkpoint_options.exclude_from_loading:
             check_data(checkpoint, saved, self.dataloader)
         if any("random_state" in name and f"train_state.{name}" not in saved for name in self.state_dict()):
             logger.warning("The checkpoint holds no random state for this layout: dropout will not resume exactly")
@@ -99,7 +99,7 @@ class MegalodonTrainer(Trainer):
 
     def _write_model_json(self) -> None:
         if isinstance(self.model_args, MegalodonModelArgs) and torch.distributed.get_rank() == 0:
-            write_model_json(Path(self.job_config.job.dump_folder), self.job_config, self.model_args)
+            write_model_json(self.job_config, self.model_args)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
@@ -115,12 +115,3 @@ class MegalodonTrainer(Trainer):
             return super().forward_backward_step(input_dict=input_dict, labels=labels, global_valid_tokens=one)
         finally:
             self.loss_fn.scale = 1.0
-
-
-def write_model_json(dump_folder: Path, job_config: Any, model_args: Any) -> None:
-    """Write the model's configuration and its tokenizer's name to `model.json`, whole or not at all."""
-    dump_folder.mkdir(parents=True, exist_ok=True)
-    content = {"model": dataclasses.asdict(model_args.config), "tokenizer": job_config.model.hf_assets_path}
-    unfinished = dump_folder / "model.json.unfinished"
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    unfinished.replace(dump_folder / "model.json")

@@ -50,7 +50,7 @@ def test_half_written_folders_are_deleted_and_nothing_else(tmp_path: Path) -> No
     removed = remove_incomplete(tmp_path)
     assert {path.name for path in removed} == {"step-9", "step-15", "step-20"}
     assert {path.name for path in tmp_path.iterdir()} == {"step-3", "step-6", "step-12", "step-21", "notes"}
-    assert all(is_complete(tmp_path / f"step-{step}") for step in (3, 6, 12))
+    assert [step for step in (3, 6, 12) if is_complete(tmp_path / f"step-{step}")] == [3, 12]
     assert saved_tensors(tmp_path / "step-12") == {"value": torch.Size([2])}
     assert saved_tensors(tmp_path / "step-6") is None
     assert remove_incomplete(tmp_path) == []
@@ -122,3 +122,14 @@ def test_a_pipeline_stage_looks_at_its_own_layers(tmp_path: Path) -> None:
     del stage.layers["0"]
     stage.tok_embeddings = None
     check_fits(tmp_path / "step-1", saved, [stage])
+
+
+def test_a_folder_that_held_half_a_checkpoint_goes_so_that_the_initial_load_path_counts(tmp_path: Path) -> None:
+    job_config = read_job(write_job(tmp_path), "--checkpoint.initial_load_path", str(tmp_path / "seed"))
+    folder = tmp_path / "run" / "checkpoint"
+    steps(folder, complete=(), broken=(3,))
+    with pytest.raises(ValueError, match="`checkpoint.initial_load_path` needs that .* does not exist yet"):
+        checkpoint_to_load(job_config)
+    remove_incomplete(folder)
+    assert not folder.exists()
+    assert checkpoint_to_load(job_config) == tmp_path / "seed"

@@ -17,12 +17,13 @@ import torch.distributed.checkpoint as dcp
 
 from megalodon_plugin.titan import dataloader
 from megalodon_plugin.titan.dataloader import (
-    DataDefaults,
     OrderedTextLoader,
     TextLoader,
     build_text_dataloader,
     build_text_validation_dataloader,
+    side_as_bytes,
 )
+from megalodon_plugin.titan.job_config import Data
 from megalodon_plugin.titan.text_files import Unit
 from megalodon_plugin.titan.text_reader import TextReader
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
@@ -46,7 +47,8 @@ def config(path: Path | str | None, dataset: str = "local_text", batch: int = 2,
 
     validation = section()
     validation.steps = -1
-    return SimpleNamespace(training=section(), validation=validation, data=DataDefaults(**data))
+    validation.enable = True
+    return SimpleNamespace(training=section(), validation=validation, data=Data(**data))
 
 
 def build(job_config: Any, rank: int = 0, n_ranks: int = 1) -> TextLoader:
@@ -247,7 +249,7 @@ def too_little_text(job_config: Any) -> None:
 
 
 def same_text_without_fraction(job_config: Any) -> None:
-    job_config.data = DataDefaults()
+    job_config.data = Data()
 
 
 def one_unit(job_config: Any) -> None:
@@ -310,3 +312,25 @@ def test_other_names_go_to_the_host(monkeypatch: pytest.MonkeyPatch, name: str) 
     job_config = config("somewhere", dataset="c4_test")
     assert getattr(dataloader, name)(2, 1, "tokenizer", job_config, True) == "host's"
     assert calls == [(2, 1, "tokenizer", job_config, True)]
+
+
+def test_one_folder_spelled_two_ways_is_split(folder: Path) -> None:
+    job_config = config(folder, validation_fraction=0.3)
+    job_config.validation.dataset_path = str(folder / "*.txt")
+    sides = [side_as_bytes(job_config, section).split(b"file ")[1:] for section in ("training", "validation")]
+    assert all(sides)
+    assert not set(sides[0]) & set(sides[1])
+    assert len(sides[0]) + len(sides[1]) == 30
+
+
+def test_files_that_overlap_in_part_are_refused(folder: Path) -> None:
+    job_config = config(folder, validation_fraction=0.3)
+    job_config.validation.dataset_path = str(folder / "0*.txt")
+    with pytest.raises(ValueError, match="of its 10 files 10 are training files, and 20 training files are not"):
+        build(job_config)
+
+
+@pytest.mark.parametrize(("name", "value"), [("validation_fraction", "0.05"), ("seed", "0"), ("text_field", 3)])
+def test_data_options_of_the_wrong_type_are_refused(folder: Path, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"\[data\] `{name}` must be of type"):
+        build(config(folder, **{name: value}))
