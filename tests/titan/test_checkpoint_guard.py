@@ -128,7 +128,7 @@ def test_a_folder_that_held_half_a_checkpoint_goes_so_that_the_initial_load_path
     job_config = read_job(write_job(tmp_path), "--checkpoint.initial_load_path", str(tmp_path / "seed"))
     folder = tmp_path / "run" / "checkpoint"
     steps(folder, complete=(), broken=(3,))
-    with pytest.raises(ValueError, match="`checkpoint.initial_load_path` needs that .* does not exist yet"):
+    with pytest.raises(ValueError, match=r"`checkpoint\.initial_load_path` needs that .* does not exist yet"):
         checkpoint_to_load(job_config)
     remove_incomplete(folder)
     assert not folder.exists()

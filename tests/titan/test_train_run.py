@@ -201,7 +201,7 @@ def test_generate_says_what_is_wrong_with_a_checkpoint(finished: Path) -> None:
     with pytest.raises(SystemExit, match=r"has shape \(48, 32\) there, but \(56, 32\) in this model"):
         main(["generate", str(checkpoint / "step-10"), "--prompt", "a"])
     (finished / "model.json").unlink()
-    with pytest.raises(SystemExit, match=r"`model\.json` must lie in the job's dump folder"):
+    with pytest.raises(SystemExit, match=r"`model\.json`, which training writes, must lie in a folder above"):
         main(["generate", str(checkpoint / "step-10"), "--prompt", "a"])
 
 
