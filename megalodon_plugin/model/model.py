@@ -49,12 +49,12 @@ class Megalodon(nn.Module):
             layer.init_weights()  # type: ignore[operator]
         if self.norm is not None:
             self.norm.init_weights()
-        if self.output is not None and not self.cfg.tie_embedding:
+        if self.output is not None and (self.tok_embeddings is None or not self.cfg.tie_embedding):
             init_embedding(self.output.weight, self.cfg.dim)
         if buffer_device is not None:
             for module in self.modules():
                 if isinstance(module, Rotary):
-                    module.to(buffer_device)
+                    module.to_empty(device=buffer_device)  # makes its table anew there, from the meta device too
 
     def forward(
         self,

@@ -103,9 +103,10 @@ def _groups(rows: int, chunk: int) -> list[slice]:
 
 
 def _product_dtype(q: Tensor) -> torch.dtype:
-    """What the matrix products read and write: on a CPU the compute dtype, so that only the results are rounded.
+    """What the matrix products read: on a CPU the compute dtype, so that only the results are rounded.
 
-    A GPU's matrix units are fast in the activations' dtype alone; there scores and their gradients are rounded to it.
+    A GPU's matrix units are fast in the activations' dtype alone; there the weights and the scores' gradients are
+    rounded to it before they are multiplied on, as fused attention kernels do.
     """
     return compute_dtype(q) if q.device.type == "cpu" else q.dtype
 
