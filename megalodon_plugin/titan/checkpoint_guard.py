@@ -6,6 +6,7 @@ check an explicit step, and reports another model's checkpoint deep inside the l
 
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,5 +122,13 @@ def check_data(checkpoint: Path, saved: Mapping[str, torch.Size], dataloader: An
     if "dataloader.fingerprint" not in saved or not isinstance(dataloader, TextLoader):
         return
     wanted = {"dataloader": {"fingerprint": torch.zeros((), dtype=torch.int64)}}
-    dcp.load(wanted, checkpoint_id=checkpoint, no_dist=True)
+    load_alone(wanted, checkpoint)
     dataloader.check_fingerprint(wanted["dataloader"]["fingerprint"])
+
+
+def load_alone(state_dict: dict[str, Any], checkpoint: Path) -> None:
+    """Fill the tensors of `state_dict` from a checkpoint, in this process alone."""
+    with warnings.catch_warnings():
+        # torch warns that it assumes what `no_dist` says.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(state_dict, checkpoint_id=checkpoint, no_dist=True)

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
-from .checkpoint_guard import check_fits, is_complete, saved_tensors
+from .checkpoint_guard import check_fits, is_complete, load_alone, saved_tensors
 from .model_json import read_model_json
 from .tokenizer import load_tokenizer
 
@@ -33,6 +32,6 @@ def load_checkpoint(checkpoint: Path, device: torch.device | str = "cpu") -> tup
     model.to_empty(device=device)
     model.init_weights()  # ties the weights; every value is overwritten
     state_dict = model.state_dict()
-    dcp.load(state_dict, checkpoint_id=checkpoint, no_dist=True)
+    load_alone(state_dict, checkpoint)
     model.load_state_dict(state_dict)
     return model.eval(), load_tokenizer(content["tokenizer"])
