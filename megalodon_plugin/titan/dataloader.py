@@ -245,9 +245,8 @@ def _corpus(job_config: JobConfig, section: str, tokenizer: BaseTokenizer) -> Co
     if not 0 <= data.validation_fraction < 1:
         raise ValueError(f"`data.validation_fraction` must be in [0, 1), but is {data.validation_fraction}")
     options = getattr(job_config, section)
-    shared = _same_files(job_config)
-    # Both sides of a split must name and cut the files alike, however each spells them and whatever its rows' length.
-    files = _files("training" if shared else section, job_config)
+    files, shared = _files_of_side(job_config, section)
+    # Both sides of a split must cut the files alike, whatever the length of their rows.
     seq_len = job_config.training.seq_len if shared else options.seq_len
     _check_batch(options.local_batch_size, min(seq_len, options.seq_len))
     piece_bytes = piece_bytes_of(files, seq_len)
@@ -273,31 +272,36 @@ def _files(section: str, job_config: JobConfig) -> list[TextFile]:
     return find_text_files(options.dataset_path, key)
 
 
-def _same_files(job_config: JobConfig) -> bool:
-    """Whether training and validation are the same files, however they are spelled.
+def _files_of_side(job_config: JobConfig, section: str) -> tuple[list[TextFile], bool]:
+    """The files of `section`, and whether training and validation are the same files, however they are spelled.
+
+    Where they are, both sides get the training's list: a split must name the files alike.
 
     Raises:
         ValueError: they have some files in common and others not, so that held-out text would be trained on.
     """
     names = {job_config.training.dataset.lower(), job_config.validation.dataset.lower()}
     if not names <= set(OWN_DATASETS):
-        return False
+        return _files(section, job_config), False
     if names == {PYTHON_STDLIB}:
-        return True
-    training = {os.path.realpath(file.path) for file in _files("training", job_config)}
+        return find_python_stdlib(), True
+    files = {"training": _files("training", job_config)}
     try:
-        validation = {os.path.realpath(file.path) for file in _files("validation", job_config)}
+        files["validation"] = _files("validation", job_config)
     except ValueError:
         if job_config.validation.enable:
             raise
-        return False
-    if training != validation and training & validation:
+        return files["training"], False
+    training, validation = ({os.path.realpath(file.path) for file in side} for side in files.values())
+    if training == validation:
+        return files["training"], True
+    if training & validation:
         raise ValueError(
             "`validation.dataset_path` must name the training files (of which a share is held out) or others, "
             f"but of its {len(validation)} files {len(training & validation)} are training files, and "
             f"{len(training - validation)} training files are not among them"
         )
-    return training == validation
+    return files[section], False
 
 
 def _side(units: list[Unit], section: str, fraction: float, seed: int) -> list[Unit]:

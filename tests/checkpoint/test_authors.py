@@ -8,18 +8,8 @@ import torch
 from megalodon_plugin.checkpoint import from_authors, to_authors
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
-SIZES = {
-    "vocab_size": 29,
-    "dim": 12,
-    "n_layers": 2,
-    "n_heads": 2,
-    "z_dim": 8,
-    "value_dim": 20,
-    "ffn_dim": 14,
-    "cema_ndim": 3,
-    "chunk_size": 8,
-    "norm_groups": 3,
-}
+from small_model import SIZES
+
 VARIANTS = {
     "plain": {},
     "eleven_layers": {"n_layers": 11},

@@ -7,23 +7,13 @@ import torch
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
 
+from small_model import SIZES
+
 C = 8
 
 
 def small_model():
-    cfg = MegalodonConfig(
-        vocab_size=31,
-        dim=12,
-        n_layers=2,
-        n_heads=2,
-        z_dim=8,
-        value_dim=20,
-        ffn_dim=14,
-        cema_ndim=3,
-        chunk_size=C,
-        norm_groups=3,
-    )
-    model = Megalodon(cfg)
+    model = Megalodon(MegalodonConfig(**SIZES))
     torch.manual_seed(5)
     model.init_weights(buffer_device=None)
     return model.double().eval()

@@ -12,19 +12,9 @@ from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.attention import MegalodonAttention
 from megalodon_plugin.model.block import MegalodonBlock
 
-C, VOCABULARY = 8, 31
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "dim": 12,
-    "n_layers": 2,
-    "n_heads": 2,
-    "z_dim": 8,
-    "value_dim": 20,
-    "ffn_dim": 14,
-    "cema_ndim": 3,
-    "chunk_size": C,
-    "norm_groups": 3,
-}
+from small_model import SIZES
+
+C, VOCABULARY = SIZES["chunk_size"], SIZES["vocab_size"]
 DROPOUTS = ("dropout", "hidden_dropout", "attention_dropout")
 
 

@@ -9,20 +9,9 @@ from megalodon_plugin.model import Megalodon, MegalodonConfig
 
 import reference
 from golden_cases import F64_TOLERANCE, assert_close
+from small_model import SIZES
 
 C = 8
-SIZES = {
-    "vocab_size": 29,
-    "dim": 12,
-    "n_layers": 2,
-    "n_heads": 2,
-    "z_dim": 8,
-    "value_dim": 20,
-    "ffn_dim": 14,
-    "cema_ndim": 3,
-    "chunk_size": C,
-    "norm_groups": 3,
-}
 VARIANTS = {
     "plain": {},
     "one_head_one_group": {"n_heads": 1, "norm_groups": 1},

@@ -9,23 +9,13 @@ from torch.utils import _pytree as pytree
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig, MegalodonState
 
+from small_model import SIZES
+
 C = 8
 
 
 def small_model(dtype=torch.float64, **changes):
-    sizes = {
-        "vocab_size": 31,
-        "dim": 12,
-        "n_layers": 2,
-        "n_heads": 2,
-        "z_dim": 8,
-        "value_dim": 20,
-        "ffn_dim": 14,
-        "cema_ndim": 3,
-        "chunk_size": C,
-        "norm_groups": 3,
-    }
-    model = Megalodon(MegalodonConfig(**{**sizes, **changes}))
+    model = Megalodon(MegalodonConfig(**{**SIZES, **changes}))
     torch.manual_seed(5)
     model.init_weights(buffer_device=None)
     return model.to(dtype)
