@@ -9,8 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megalodon_plugin"
+KERNELS = ROOT / "kernels"  # installed as megalodon_plugin.kernels
 OURS = "megalodon_plugin"
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
+CUDA = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAY_IMPORT = {
     "": set(),  # the package's own __init__
@@ -33,8 +35,13 @@ def label(path):
     return path.relative_to(ROOT).as_posix()
 
 
+def module_path(path):
+    """Where a source lies when it is installed, relative to the package."""
+    return path.relative_to(ROOT) if path.is_relative_to(KERNELS) else path.relative_to(PACKAGE)
+
+
 def layer_of(path):
-    parts = path.relative_to(PACKAGE).parts
+    parts = module_path(path).parts
     return parts[0] if len(parts) > 1 else ""
 
 
@@ -57,7 +64,8 @@ def imported_modules(source, package):
 
 
 def imports_of(path):
-    return imported_modules(path.read_text(), ".".join(path.parent.relative_to(ROOT).parts))
+    installed = OURS / module_path(path) if path in SOURCES else path.relative_to(ROOT)
+    return imported_modules(path.read_text(), ".".join(installed.parent.parts))
 
 
 def starts(name, prefix):
@@ -68,7 +76,8 @@ each_source = pytest.mark.parametrize("path", SOURCES, ids=label)
 
 
 def test_the_package_is_found():
-    assert {"ops", "model", "checkpoint", "titan", "cli"} <= {layer_of(path) for path in SOURCES}
+    assert {"ops", "model", "checkpoint", "titan", "cli", "kernels"} <= {layer_of(path) for path in SOURCES}
+    assert CUDA
 
 
 @each_source
@@ -88,7 +97,7 @@ def test_the_host_is_imported_by_its_adapter_and_the_commands_alone(path):
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if layer_of(path) in ("ops", "model")], ids=label)
 def test_ops_and_model_never_see_a_rank(path):
-    allowed = IMPORTS_DISTRIBUTED.get(path.relative_to(PACKAGE).as_posix(), set())
+    allowed = IMPORTS_DISTRIBUTED.get(module_path(path).as_posix(), set())
     found = {name for name in imports_of(path) if starts(name, "torch.distributed")}
     assert not {name for name in found if not any(starts(name, prefix) for prefix in allowed)}
 
@@ -104,12 +113,25 @@ def test_the_oracle_imports_nothing_of_ours(path):
     assert not {name for name in imports_of(path) if starts(name, OURS)}
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=label)
+@pytest.mark.parametrize("path", [path for path in SOURCES if layer_of(path) == "kernels"], ids=label)
+def test_kernels_import_nothing_of_ours(path):
+    names = {name for name in imports_of(path) if starts(name, OURS)}
+    assert all(starts(name, f"{OURS}.kernels") for name in names)
+
+
+@pytest.mark.parametrize("path", CUDA, ids=label)
+def test_kernels_include_nothing_but_each_other(path):
+    """No CUDA header: the compiler that users have comes without them."""
+    included = re.findall(r"^\s*#\s*include\s*(\S+)", path.read_text(), re.MULTILINE)
+    assert set(included) <= {f'"{header.name}"' for header in CUDA if header.suffix == ".cuh"}
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS, *CUDA], ids=label)
 def test_no_file_is_too_long(path):
     assert len(path.read_text().splitlines()) <= MOST_LINES
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TESTS, *sorted((ROOT / "train_configs").glob("*.toml"))], ids=label)
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS, *CUDA, *sorted((ROOT / "train_configs").glob("*.toml"))], ids=label)
 def test_no_path_of_a_machine(path):
     assert MACHINE_PATH.findall(path.read_text()) == []
 

@@ -18,14 +18,14 @@ CHECKOUT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(".*", "tests", "build", "dist", "outputs", "__pycache__", "*.egg-info")
 
 
-def call(*words: str | Path, cwd: Path) -> str:
+def call(*words: str | Path, cwd: Path, **variables: str) -> str:
     """The output of a command that must succeed, in an environment that does not lead to the checkout."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     result = subprocess.run(
         [str(word) for word in words],
         cwd=cwd,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -56,6 +56,9 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     call(*pip_install, "--no-index", "--no-deps", wheel, cwd=folder)
     behind = [path for path in sys.path if Path(path).name == "site-packages"]
     (site_packages / "dependencies.pth").write_text("\n".join(behind) + "\n")
+    # NVRTC is looked for in the environment's own folders only.
+    for nvidia in (path for path in (Path(path, "nvidia") for path in behind) if path.is_dir()):
+        (site_packages / "nvidia").symlink_to(nvidia)
     return folder
 
 
@@ -64,6 +67,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     packed = {name for name in names if name.startswith("megalodon_plugin/")}
     modules = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "megalodon_plugin").rglob("*.py")}
     assert modules | {"megalodon_plugin/py.typed"} <= packed
+    kernels = {path.name for path in (CHECKOUT / "kernels").iterdir() if path.suffix in (".py", ".cu", ".cuh")}
+    assert {"__init__.py", "primitives.cuh"} <= kernels
+    assert {Path(name).name for name in packed if name.startswith("megalodon_plugin/kernels/")} == kernels
     assert {name.split("/")[0].split("-")[0] for name in names} == {"megalodon_plugin"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -74,6 +80,23 @@ def test_the_installed_package_is_the_one_that_runs(environment: Path, tmp_path:
     assert Path(file).is_relative_to(environment) and Path(prefix) == environment
     (metadata,) = environment.glob("lib/python*/site-packages/megalodon_plugin-*.dist-info")
     assert metadata.name == f"megalodon_plugin-{version}.dist-info"
+
+
+def test_the_installed_package_compiles_a_kernel(environment: Path, tmp_path: Path) -> None:
+    program = "\n".join(
+        [
+            "from pathlib import Path",
+            "from megalodon_plugin import kernels",
+            "from megalodon_plugin.kernels import compiler",
+            "kernel = 'extern \"C\" __global__ void f(unsigned* p) { *p = pack_bf16(1, 2); }'",
+            "text = '#include \"primitives.cuh\"\\n' + kernel",
+            "(compiler.SOURCES / 'f.cu').write_text(text)",
+            "print(kernels.__file__, len(kernels.compile_cubin('f.cu', 'f', (), 'sm_90')))",
+        ]
+    )
+    cache = {"MEGALODON_KERNEL_CACHE": str(tmp_path / "cache")}
+    file, size = call(environment / "bin" / "python", "-c", program, cwd=tmp_path, **cache).split()
+    assert Path(file).is_relative_to(environment) and int(size) > 0
 
 
 def test_the_console_command_trains(environment: Path, tmp_path: Path) -> None:

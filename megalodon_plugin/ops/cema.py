@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import backend, cema_cuda
 from . import cema_blocks as blocks
 from .checks import check_activation, check_parameter, compute_dtype, without_autocast
 
@@ -49,7 +50,7 @@ def cema(
         ValueError: a shape, a dtype (float16 is refused) or `cema_input` breaks a rule above.
     """
     _check(x, alpha, delta, theta, gamma, omega, h0, cema_input)
-    y, h = _cema_op(x, alpha, delta, theta, gamma, omega, h0, cema_input == "paper")
+    y, h, _ = _cema_op(x, alpha, delta, theta, gamma, omega, h0, cema_input == "paper")
     return y, (h if return_state else None)
 
 
@@ -130,6 +131,18 @@ def _to_state(h: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_real(h.transpose(0, 1).contiguous()).to(dtype)
 
 
+def _plan(x: Tensor, alpha: Tensor) -> cema_cuda.Plan | None:
+    """The kernels' variant for this call, or None where PyTorch code runs. Nothing but shapes and dtypes decides."""
+    if not x.is_cuda or alpha.dtype != torch.float32 or backend.kernels_mode() == "off":
+        return None
+    return cema_cuda.make_plan(x.shape[1], alpha.shape[1], x.dtype)
+
+
+def _kept_shape(x: Tensor, alpha: Tensor, plan: cema_cuda.Plan | None) -> tuple[int, ...]:
+    """Shape of the states that a forward pass keeps for the backward pass; PyTorch code keeps none."""
+    return (plan.kept_states(x.shape[1]) if plan else 0, x.shape[0], x.shape[2], alpha.shape[1], 2)
+
+
 @torch.library.custom_op("megalodon::cema", mutates_args=())
 def _cema_op(
     x: Tensor,
@@ -140,7 +153,20 @@ def _cema_op(
     omega: Tensor,
     h0: Tensor | None,
     rotate_input: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state, and states inside the sequence that the backward pass of the kernels starts from."""
+    plan = _plan(x, alpha)
+    if plan is not None and x.numel():
+        parameters = (alpha, delta, theta, gamma, omega)
+        found = backend.available("cema", x, lambda: cema_cuda.forward(plan, x, parameters, h0, rotate_input))
+        if found is not None:
+            return found
+    y, h = _torch_forward(x, alpha, delta, theta, gamma, omega, h0, rotate_input)
+    # A kernel that met these states by mistake would show it.
+    return y, h, alpha.new_full(_kept_shape(x, alpha, plan), float("nan"))
+
+
+def _torch_forward(x, alpha, delta, theta, gamma, omega, h0, rotate_input) -> tuple[Tensor, Tensor]:
     with without_autocast(x):
         c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
         h, dtype, whole = _start(x, alpha, h0), compute_dtype(x, alpha), _split(x.shape[1])
@@ -164,8 +190,22 @@ def _cema_backward_op(
     omega: Tensor,
     h0: Tensor | None,
     rotate_input: bool,
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dalpha, ddelta, dtheta, dgamma, domega, dh0. States inside the sequence are made again, not stored."""
+    """dx, dalpha, ddelta, dtheta, dgamma, domega, dh0. States between the kept ones are made again, not stored."""
+    plan = _plan(x, alpha)
+    parameters = (alpha, delta, theta, gamma, omega)
+    if plan is not None and x.numel() and kept.shape[0] == plan.kept_states(x.shape[1]):
+        found = backend.available(
+            "cema", x, lambda: cema_cuda.backward(plan, dy, dh_last, x, parameters, h0, rotate_input, kept)
+        )
+        if found is not None:
+            return found
+    return _torch_backward(dy, dh_last, x, parameters, h0, rotate_input)
+
+
+def _torch_backward(dy, dh_last, x, parameters, h0, rotate_input):
+    alpha, delta, theta, gamma, omega = parameters
     with without_autocast(x):
         c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
         dtype, whole = compute_dtype(x, alpha), _split(x.shape[1])
@@ -198,26 +238,28 @@ def _cema_backward_op(
 
 @_cema_op.register_fake
 def _(x, alpha, delta, theta, gamma, omega, h0, rotate_input):
-    return x.new_empty(x.shape), alpha.new_empty(x.shape[0], x.shape[2], alpha.shape[1], 2)
+    state = alpha.new_empty(x.shape[0], x.shape[2], alpha.shape[1], 2)
+    return x.new_empty(x.shape), state, alpha.new_empty(_kept_shape(x, alpha, _plan(x, alpha)))
 
 
 @_cema_backward_op.register_fake
-def _(dy, dh_last, x, alpha, delta, theta, gamma, omega, h0, rotate_input):
+def _(dy, dh_last, x, alpha, delta, theta, gamma, omega, h0, rotate_input, kept):
     parameters = (p.new_empty(p.shape) for p in (alpha, delta, theta, gamma, omega))
     return x.new_empty(x.shape), *parameters, alpha.new_empty(x.shape[0], x.shape[2], alpha.shape[1], 2)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
     *tensors, rotate_input = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[2])
     ctx.rotate_input = rotate_input
 
 
-def _backward(ctx, dy: Tensor | None, dh_last: Tensor | None):
-    x, alpha, delta, theta, gamma, omega, h0 = ctx.saved_tensors
+def _backward(ctx, dy: Tensor | None, dh_last: Tensor | None, _):
+    x, alpha, delta, theta, gamma, omega, h0, kept = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    *grads, dh0 = _cema_backward_op(dy, dh_last, x, alpha, delta, theta, gamma, omega, h0, ctx.rotate_input)
+    *grads, dh0 = _cema_backward_op(dy, dh_last, x, alpha, delta, theta, gamma, omega, h0, ctx.rotate_input, kept)
     return *grads, (dh0 if h0 is not None else None), None
 
 

@@ -10,6 +10,7 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.logging import logger
 
 from megalodon_plugin.model import PRESETS, MegalodonConfig
+from megalodon_plugin.ops.backend import set_kernels
 from megalodon_plugin.ops.cema import cema_flops
 from megalodon_plugin.ops.chunk_attention import chunk_attention_flops
 
@@ -34,6 +35,8 @@ class MegalodonModelArgs(MegalodonConfig, BaseModelArgs):
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Apply `[megalodon]`, size the vocabulary for the tokenizer, and check what the model needs of the job.
 
+        `megalodon.kernels` holds for the process: the ops are functions and have no model.
+
         Raises:
             ValueError: naming the key, the rule and the value.
         """
@@ -44,6 +47,8 @@ class MegalodonModelArgs(MegalodonConfig, BaseModelArgs):
                 if getattr(overrides, name) is not None:
                     setattr(self, name, getattr(overrides, name))
             self.weight_decay_on = overrides.weight_decay_on
+            if overrides.kernels is not None:
+                set_kernels(overrides.kernels, "megalodon.kernels")
         if self.weight_decay_on not in WEIGHT_DECAY_ON:
             raise ValueError(
                 f"`megalodon.weight_decay_on` must be one of {WEIGHT_DECAY_ON}, but is {self.weight_decay_on!r}"

@@ -20,6 +20,9 @@ class TrainingOptions:
     weight_decay_on: str = "all"
     """Where weight decay falls: "all" parameters, as in the authors' recipe, or "matrices" only, which leaves out
     norms, biases and CEMA."""
+    kernels: str | None = None
+    """CUDA kernels: "auto" (PyTorch code with one warning where they cannot run), "require" (an error there) or "off".
+    None: what the environment variable MEGALODON_KERNELS says, else "auto"."""
 
 
 # Every option of the model by its name, None where the flavor decides.
@@ -29,7 +32,7 @@ Megalodon = dataclasses.make_dataclass(
     bases=(TrainingOptions,),
     namespace={"__module__": __name__},
 )
-Megalodon.__doc__ = "`[megalodon]`: overrides of the flavor's model options by name, and `weight_decay_on`."
+Megalodon.__doc__ = "`[megalodon]`: overrides of the flavor's model options by name, `weight_decay_on` and `kernels`."
 
 
 @dataclass

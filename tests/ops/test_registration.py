@@ -51,7 +51,8 @@ class Inputs:
 
     def cema_backward(self, optional):
         dy = self.activation(B, self.length, D)
-        return dy, self.parameter(B, D, N, 2) if optional else None, *self.cema(optional)
+        no_kept_states = torch.empty(0, B, D, N, 2)
+        return dy, self.parameter(B, D, N, 2) if optional else None, *self.cema(optional), no_kept_states
 
     def timestep_norm(self, optional):
         x = self.activation(B, self.length, D)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model import attention as attention_module
+from megalodon_plugin.ops import backend
 from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
 from megalodon_plugin.titan import layout
 from megalodon_plugin.titan.args import MODEL_OPTIONS, Flavors, MegalodonModelArgs
@@ -92,6 +93,16 @@ def test_options_that_are_not_given_stay_the_flavors(tmp_path: Path) -> None:
     assert args.weight_decay_on == "all"
 
 
+def test_the_mode_of_the_kernels(tmp_path: Path) -> None:
+    with backend.use_kernels("auto"):
+        args_of(tmp_path, megalodon={"kernels": "off"})
+        assert backend.kernels_mode() == "off"
+        args_of(tmp_path)  # says nothing of them
+        assert backend.kernels_mode() == "off"
+        args_of(tmp_path, "--megalodon.kernels", "require")
+        assert backend.kernels_mode() == "require"
+
+
 def test_the_tokenizer_decides_the_vocabulary_unless_the_job_does(tmp_path: Path) -> None:
     assert args_of(tmp_path).vocab_size == 258
     assert args_of(tmp_path, megalodon={"vocab_size": 320}).vocab_size == 320
@@ -119,6 +130,7 @@ def test_command_line_beats_the_file(tmp_path: Path) -> None:
         ("megalodon", {"dim": 30}, r"\[megalodon\] `dim` must be divisible by `norm_groups` = 4, but is 30"),
         ("megalodon", {"cema_ndim": 33}, r"\[megalodon\] `cema_ndim` must lie between 1 and 32, but is 33"),
         ("megalodon", {"dropout": 1.0}, r"\[megalodon\] `dropout` must lie in \[0, 1\), but is 1\.0"),
+        ("megalodon", {"kernels": "on"}, r"`megalodon\.kernels` must be one of auto, require, off, but is 'on'"),
         ("megalodon", {"weight_decay_on": "norms"}, r"`megalodon\.weight_decay_on` must be one of .* is 'norms'"),
         ("training", {"dtype": "bfloat16"}, r"`training\.dtype` must be float32, but is 'bfloat16'"),
         ("training", {"dtype": "float16"}, r"`training\.dtype` must be float32, but is 'float16'"),

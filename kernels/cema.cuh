@@ -1,0 +1,98 @@
+// What the CEMA kernels share: complex numbers, the coefficients of a channel, the layout of a tile in shared memory.
+//
+// Macros, set at compile time:
+//   BLOCK     T, the steps of a block: 16 or 32
+//   ORDERS    orders a channel is padded to with zero coefficients: 16 or 32
+//   TERMS     bfloat16 terms that a table entry or a state is split into: 2 for bfloat16 activations, 3 for float32
+//   CHANNELS  channels, and warps, of a thread block: 8 or 16
+//   ALIGNED   1 if every row of the activations starts on 16 bytes and D is a multiple of 8
+#pragma once
+#include "primitives.cuh"
+
+constexpr bool kFloat32 = TERMS == 3;            // activations are float32
+constexpr int kPlanes = kFloat32 ? 3 : 1;        // bfloat16 terms of an activation; a bfloat16 one is exact
+constexpr int kThreads = 32 * CHANNELS;
+static_assert(BLOCK == 16 || BLOCK == 32, "");
+static_assert(ORDERS == 16 || ORDERS == 32, "");
+static_assert(TERMS == 2 || TERMS == 3, "");
+
+template <bool wide>
+struct RealOf { using type = float; };
+template <>
+struct RealOf<true> { using type = double; };
+using Real = RealOf<kFloat32>::type;  // of the coefficients, and of the state that is carried from tile to tile
+
+template <typename T>
+struct alignas(2 * sizeof(T)) Complex {
+  T re, im;
+};
+
+template <typename T>
+__device__ __forceinline__ Complex<T> operator*(Complex<T> a, Complex<T> b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+
+// c + a b
+template <typename T>
+__device__ __forceinline__ Complex<T> multiply_add(Complex<T> a, Complex<T> b, Complex<T> c) {
+  return {fma(-a.im, b.im, fma(a.re, b.re, c.re)), fma(a.im, b.re, fma(a.re, b.im, c.im))};
+}
+
+template <typename To, typename From>
+__device__ __forceinline__ Complex<To> convert(Complex<From> z) {
+  return {static_cast<To>(z.re), static_cast<To>(z.im)};
+}
+
+// Of each channel and order, (D, ORDERS, kSlots), made by cema_prepare in float64 and rounded once.
+enum Slot {
+  kP,             // p, the input coefficient
+  kG,             // g, the output coefficient
+  kPower,         // q^0 .. q^8
+  kPower16 = kPower + 9,
+  kPower24,
+  kA,             // q^T, and its powers 2, 4, 8 and 16
+  kA2,
+  kA4,
+  kA8,
+  kA16,
+  kSegment,       // q^(steps of a segment)
+  kSlots
+};
+
+// q^(8 m + r) from the stored powers.
+__device__ __forceinline__ Complex<Real> power(const Complex<Real>* c, int m, int r) {
+  Complex<Real> q = c[kPower + r];
+  if (m == 1) q = q * c[kPower + 8];
+  if (m == 2) q = q * c[kPower16];
+  if (m == 3) q = q * c[kPower24];
+  return q;
+}
+
+// Splits two numbers into K bfloat16 terms each; what is lost is 2^-9K of the number.
+template <int K>
+__device__ __forceinline__ void split(float low, float high, unsigned (&terms)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    terms[k] = pack_bf16(low, high);
+    if (k + 1 < K) {
+      low -= bf16_low(terms[k]);
+      high -= bf16_high(terms[k]);
+    }
+  }
+}
+
+// d += a b where both are sums of bfloat16 terms, a[i] and (b0[j], b1[j]). Products below the last term's size are left
+// out; the small ones go first, so that they are not lost in the sum.
+template <int I, int J>
+__device__ __forceinline__ void mma_terms(float (&d)[4], const unsigned (&a)[I][4], const unsigned (&b0)[J],
+                                          const unsigned (&b1)[J]) {
+#pragma unroll
+  for (int order = TERMS - 1; order >= 0; --order) {
+#pragma unroll
+    for (int i = 0; i < I; ++i) {
+      int j = order - i;
+      if (j >= 0 && j < J) mma_bf16(d, a[i], b0[j], b1[j]);
+    }
+  }
+}
+

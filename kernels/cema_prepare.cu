@@ -1,0 +1,79 @@
+// The coefficients of every channel and order, and the first T lags of the convolution, from the parameters.
+//
+//   a = sigmoid(alpha), d = sigmoid(delta), angle_n = sigmoid(theta) (2 pi / N) n,  q = (1 - a d) e^{i angle}
+//   p = a or a e^{i angle},  g = gamma sqrt(1/N),  k_l = Re sum_n p g q^l  (omega joins k_0)
+//
+// One thread owns one order of one channel; the ORDERS neighbouring lanes of a channel add up k_l by shuffles. All in
+// float64: the phase of q^t is what a float32 power loses first. Orders beyond N get p = q = g = 0 and add nothing.
+#include "cema.cuh"
+
+struct Params {
+  const float* alpha;          // (D, N)
+  const float* delta;          // (D, N)
+  const float* theta;          // (D)
+  const float* gamma;          // (D, N, 2)
+  const float* omega;          // (D)
+  Complex<Real>* coefficients;  // (D, ORDERS, kSlots)
+  Real* lags;                  // (D, T)
+  long long segment;           // steps of a segment
+  int dim;
+  int order;                   // N
+  int rotate_input;
+};
+
+__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+
+extern "C" __global__ void __launch_bounds__(256) cema_prepare(const __grid_constant__ Params p) {
+  int index = blockIdx.x * 256 + threadIdx.x;
+  int channel = index / ORDERS, n = index % ORDERS;
+  bool real = channel < p.dim && n < p.order;
+  Complex<double> in = {0, 0}, q = {0, 0}, g = {0, 0};
+  double log_decay = 0, turn = 0;
+  if (real) {
+    long long at = static_cast<long long>(channel) * p.order + n;
+    double a = sigmoid(p.alpha[at]), d = sigmoid(p.delta[at]);
+    turn = sigmoid(p.theta[channel]) * 2.0 / p.order * (n + 1);  // angle / pi
+    double s, c;
+    sincospi(turn, &s, &c);
+    double decay = fmax(1.0 - a * d, 1e-15);  // a d may round to 1
+    log_decay = log(decay);
+    q = {decay * c, decay * s};
+    in = p.rotate_input ? Complex<double>{a * c, a * s} : Complex<double>{a, 0};
+    double scale = sqrt(1.0 / p.order);
+    g = {p.gamma[2 * at] * scale, p.gamma[2 * at + 1] * scale};
+  }
+  Complex<double> powers[9];
+  powers[0] = {real ? 1.0 : 0.0, 0};
+#pragma unroll
+  for (int r = 1; r <= 8; ++r) powers[r] = powers[r - 1] * q;
+  Complex<double> q16 = powers[8] * powers[8], q24 = q16 * powers[8];
+  Complex<double> a1 = BLOCK == 16 ? q16 : q16 * q16;
+  Complex<double> a2 = a1 * a1, a4 = a2 * a2, a8 = a4 * a4;
+  if (channel < p.dim) {
+    Complex<Real>* c = p.coefficients + (static_cast<long long>(channel) * ORDERS + n) * kSlots;
+    c[kP] = convert<Real>(in);
+    c[kG] = convert<Real>(g);
+#pragma unroll
+    for (int r = 0; r <= 8; ++r) c[kPower + r] = convert<Real>(powers[r]);
+    c[kPower16] = convert<Real>(q16);
+    c[kPower24] = convert<Real>(q24);
+    c[kA] = convert<Real>(a1);
+    c[kA2] = convert<Real>(a2);
+    c[kA4] = convert<Real>(a4);
+    c[kA8] = convert<Real>(a8);
+    c[kA16] = convert<Real>(a8 * a8);
+    // A product of two float64 numbers, so the phase is right to 1e-16 of the turns made, also after 2^20 steps.
+    double steps = static_cast<double>(p.segment), magnitude = real ? exp(log_decay * steps) : 0.0, s, co;
+    sincospi(turn * steps, &s, &co);
+    c[kSegment] = {static_cast<Real>(magnitude * co), static_cast<Real>(magnitude * s)};
+  }
+  Complex<double> term = in * g;
+  for (int lag = 0; lag < BLOCK; ++lag) {
+    double sum = term.re;
+#pragma unroll
+    for (int mask = 1; mask < ORDERS; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (channel < p.dim && n == 0)
+      p.lags[static_cast<long long>(channel) * BLOCK + lag] = static_cast<Real>(sum + (lag == 0 ? p.omega[channel] : 0.0f));
+    term = term * q;
+  }
+}

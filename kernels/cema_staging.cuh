@@ -1,0 +1,143 @@
+// Activations between device memory, (time, channel), and a tile in shared memory, channel by channel.
+//
+// A tile is kBlocks blocks of T steps. Two neighbouring steps of one channel share a word, as the matrix units want
+// them. A thread moves `kMoves` times 2 steps x 8 channels: two rows of 16 bytes (32 for float32) that are re-paired
+// in registers. Words of a channel:   plane * kPlaneWords + word_of_block(block) + (step / 2).
+// A float32 activation fills three planes with its bfloat16 terms; as an output it is put into the first two, the even
+// step's bits and the odd step's.
+#pragma once
+#include "cema.cuh"
+
+constexpr int kTile = kBlocks * BLOCK;
+constexpr int kPairs = kTile / 2;                              // words of one channel without padding
+constexpr int kMoves = kPairs * (CHANNELS / 8) / kThreads > 0 ? kPairs * (CHANNELS / 8) / kThreads : 1;
+constexpr bool kEveryThreadMoves = kPairs * (CHANNELS / 8) >= kThreads;
+constexpr int kRowWords = kFloat32 ? 8 : 4;                    // of 8 channels at one step
+
+struct Move {
+  unsigned early[kRowWords], late[kRowWords];  // 8 channels at step 2 i and at step 2 i + 1
+};
+
+__device__ __forceinline__ int octet_of(int thread) { return (thread / 16) % (CHANNELS / 8); }
+__device__ __forceinline__ int pair_of(int thread, int move) {
+  int lane16 = thread % 16, rest = thread / 16 / (CHANNELS / 8);
+  return lane16 + 16 * (rest + move * (kThreads / 16 / (CHANNELS / 8)));
+}
+
+template <typename T>
+__device__ __forceinline__ void read_row(unsigned (&row)[kRowWords], const T* from, int channels) {
+  if (ALIGNED) {
+#pragma unroll
+    for (int i = 0; i < kRowWords / 4; ++i) {
+      uint4 v = load_once(reinterpret_cast<const uint4*>(from) + i);
+      row[4 * i] = v.x, row[4 * i + 1] = v.y, row[4 * i + 2] = v.z, row[4 * i + 3] = v.w;
+    }
+  } else if (kFloat32) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) row[i % kRowWords] = i < channels ? reinterpret_cast<const unsigned*>(from)[i] : 0;
+  } else {
+    const unsigned short* f = reinterpret_cast<const unsigned short*>(from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      unsigned low = 2 * i < channels ? f[2 * i] : 0, high = 2 * i + 1 < channels ? f[2 * i + 1] : 0;
+      row[i] = low | high << 16;
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void write_row(const unsigned (&row)[kRowWords], T* to, int channels) {
+  if (ALIGNED) {
+#pragma unroll
+    for (int i = 0; i < kRowWords / 4; ++i)
+      store_once(reinterpret_cast<uint4*>(to) + i, make_uint4(row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]));
+  } else if (kFloat32) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (i < channels) reinterpret_cast<unsigned*>(to)[i] = row[i % kRowWords];
+  } else {
+    unsigned short* t = reinterpret_cast<unsigned short*>(to);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (2 * i < channels) t[2 * i] = static_cast<unsigned short>(row[i] & 0xffffu);
+      if (2 * i + 1 < channels) t[2 * i + 1] = static_cast<unsigned short>(row[i] >> 16);
+    }
+  }
+}
+
+// The tile's first step is `start`; steps from `length` on and channels from `dim` on are zero. `row` points at step 0
+// and at the first channel of the block.
+__device__ __forceinline__ void fetch(Move (&moves)[kMoves], const char* row, long long start, long long length, int dim,
+                                      int channels) {
+  int first = 8 * octet_of(threadIdx.x), count = channels - first;
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) {
+    int pair = pair_of(threadIdx.x, i);
+    long long step = start + 2 * pair;
+    if ((kEveryThreadMoves || pair < kPairs) && step < length && count > 0) {
+      const char* at = row + (step * dim + first) * (kFloat32 ? 4 : 2);
+      read_row(moves[i].early, at, count);
+      read_row(moves[i].late, at + static_cast<long long>(dim) * (kFloat32 ? 4 : 2), count);
+    } else {
+#pragma unroll
+      for (int w = 0; w < kRowWords; ++w) moves[i].early[w] = moves[i].late[w] = 0;
+    }
+  }
+}
+
+__device__ __forceinline__ void to_shared(const Move (&moves)[kMoves], unsigned* tile) {
+  int first = 8 * octet_of(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) {
+    int pair = pair_of(threadIdx.x, i);
+    if (!kEveryThreadMoves && pair >= kPairs) continue;
+    unsigned* word = tile + first * kChannelWords + word_of_block(pair / (BLOCK / 2)) + pair % (BLOCK / 2);
+    if (kFloat32) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        unsigned terms[3];
+        split<3>(__uint_as_float(moves[i].early[c % kRowWords]), __uint_as_float(moves[i].late[c % kRowWords]), terms);
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) word[c * kChannelWords + plane * kPlaneWords] = terms[plane];
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        word[2 * c * kChannelWords] = __byte_perm(moves[i].early[c], moves[i].late[c], 0x5410);
+        word[(2 * c + 1) * kChannelWords] = __byte_perm(moves[i].early[c], moves[i].late[c], 0x7632);
+      }
+    }
+  }
+}
+
+// The counterpart of fetch and to_shared: every thread reads the words that it wrote, so no barrier stands between a
+// tile's way out and the next one's way in.
+__device__ __forceinline__ void store(const unsigned* tile, char* row, long long start, long long length, int dim,
+                                      int channels) {
+  int first = 8 * octet_of(threadIdx.x), count = channels - first;
+#pragma unroll
+  for (int i = 0; i < kMoves; ++i) {
+    int pair = pair_of(threadIdx.x, i);
+    long long step = start + 2 * pair;
+    if ((!kEveryThreadMoves && pair >= kPairs) || step >= length || count <= 0) continue;
+    const unsigned* word = tile + first * kChannelWords + word_of_block(pair / (BLOCK / 2)) + pair % (BLOCK / 2);
+    Move m;
+    if (kFloat32) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        m.early[c % kRowWords] = word[c * kChannelWords];
+        m.late[c % kRowWords] = word[c * kChannelWords + kPlaneWords];
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        unsigned even = word[2 * c * kChannelWords], odd = word[(2 * c + 1) * kChannelWords];
+        m.early[c] = __byte_perm(even, odd, 0x5410);
+        m.late[c] = __byte_perm(even, odd, 0x7632);
+      }
+    }
+    char* at = row + (step * dim + first) * (kFloat32 ? 4 : 2);
+    write_row(m.early, at, count);
+    write_row(m.late, at + static_cast<long long>(dim) * (kFloat32 ? 4 : 2), count);
+  }
+}

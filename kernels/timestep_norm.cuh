@@ -1,0 +1,272 @@
+// What the forward and the backward pass of TimestepNorm share: who owns what, vectors, and sums over time.
+//
+// A sequence is one group of one batch row: `length` steps of FEATURES numbers. `blocks` blocks walk it in tiles of
+// TILE steps; block k takes tiles k, k + blocks, ... In a tile, a warp owns TEAMS * STEPS consecutive steps; a team of
+// LANES lanes holds STEPS consecutive ones, each lane the same vectors of VECTOR features of every step; and the lane
+// that is member i of its team keeps the numbers of the team's step i (means, counts), so that lanes are in time order
+// and one scan over a warp is a scan over time. The backward pass counts steps from the end and is otherwise the same.
+//
+// Sums over time are float64. Before a tile: its steps' sums are added in the order scan of a warp, warps, tiles, which
+// does not depend on how many blocks share the sequence; nor on who is first. Per tile a block publishes one pair of
+// sums, as soon as it has them, and reads those of the tiles between its last tile and this one: nobody waits for a
+// chain. Blocks of one sequence wait for each other, so they must all be on the GPU at once (a cooperative launch).
+//
+// Macros: FEATURES of a group; ACTIVATION_BYTES 2 (bfloat16) or 4 (float32); VECTOR features a load; LANES, STEPS;
+// THREADS of a block and MIN_BLOCKS on a multiprocessor; KEEP 1 where a tile is held in registers, 0 where it is read
+// again (large groups; then a block is one warp).
+#pragma once
+#include "primitives.cuh"
+
+constexpr int WARPS = THREADS / 32;
+constexpr int TEAMS = 32 / LANES;
+constexpr int WARP_STEPS = TEAMS * STEPS;
+constexpr int TILE = WARPS * WARP_STEPS;
+constexpr int CHUNKS = (FEATURES / VECTOR + LANES - 1) / LANES;  // vectors a lane has of a step
+constexpr bool EVEN = CHUNKS * LANES * VECTOR == FEATURES;       // otherwise the last vectors of some lanes are empty
+constexpr int VECTOR_BYTES = VECTOR * ACTIVATION_BYTES;
+constexpr int WORDS = VECTOR_BYTES < 4 ? 1 : VECTOR_BYTES / 4;
+constexpr int PADDED = CHUNKS * LANES * VECTOR;  // features with those empty vectors
+constexpr int UNROLLED_CHUNKS = KEEP ? CHUNKS : 1;
+static_assert(STEPS <= LANES && FEATURES % VECTOR == 0 && THREADS % 32 == 0 && (KEEP || (STEPS == 1 && WARPS == 1)));
+
+struct Vector {
+  unsigned words[WORDS];
+};
+
+__device__ __forceinline__ Vector no_vector() {
+  Vector v;
+#pragma unroll
+  for (int i = 0; i < WORDS; i++) v.words[i] = 0;
+  return v;
+}
+
+__device__ __forceinline__ Vector load_vector(const unsigned char* address) {
+  Vector v;
+  if constexpr (VECTOR_BYTES == 16) {
+    const uint4 u = load_once(address);
+    v.words[0] = u.x;
+    v.words[1] = u.y;
+    v.words[2] = u.z;
+    v.words[3] = u.w;
+  } else if constexpr (VECTOR_BYTES == 8) {
+    const uint2 u = *reinterpret_cast<const uint2*>(address);
+    v.words[0] = u.x;
+    v.words[1] = u.y;
+  } else if constexpr (VECTOR_BYTES == 4) {
+    v.words[0] = *reinterpret_cast<const unsigned*>(address);
+  } else {
+    v.words[0] = *reinterpret_cast<const unsigned short*>(address);
+  }
+  return v;
+}
+
+__device__ __forceinline__ void store_vector(unsigned char* address, const Vector& v) {
+  if constexpr (VECTOR_BYTES == 16) {
+    uint4 u;
+    u.x = v.words[0];
+    u.y = v.words[1];
+    u.z = v.words[2];
+    u.w = v.words[3];
+    store_once(address, u);
+  } else if constexpr (VECTOR_BYTES == 8) {
+    uint2 u;
+    u.x = v.words[0];
+    u.y = v.words[1];
+    *reinterpret_cast<uint2*>(address) = u;
+  } else if constexpr (VECTOR_BYTES == 4) {
+    *reinterpret_cast<unsigned*>(address) = v.words[0];
+  } else {
+    *reinterpret_cast<unsigned short*>(address) = static_cast<unsigned short>(v.words[0]);
+  }
+}
+
+__device__ __forceinline__ void unpack(const Vector& v, float (&f)[VECTOR]) {
+#pragma unroll
+  for (int e = 0; e < VECTOR; e++) {
+    if constexpr (ACTIVATION_BYTES == 4)
+      f[e] = __uint_as_float(v.words[e]);
+    else
+      f[e] = e % 2 ? bf16_high(v.words[e / 2]) : bf16_low(v.words[e / 2]);
+  }
+}
+
+__device__ __forceinline__ Vector pack(const float (&f)[VECTOR]) {
+  Vector v;
+#pragma unroll
+  for (int w = 0; w < WORDS; w++) {
+    if constexpr (ACTIVATION_BYTES == 4)
+      v.words[w] = __float_as_uint(f[w]);
+    else
+      v.words[w] = pack_bf16(f[2 * w], 2 * w + 1 < VECTOR ? f[(2 * w + 1) % VECTOR] : 0.0f);
+  }
+  return v;
+}
+
+// One number of feature `f`, for what is read too seldom to need vectors.
+__device__ __forceinline__ float load_one(const unsigned char* row, int f) {
+  if constexpr (ACTIVATION_BYTES == 4)
+    return reinterpret_cast<const float*>(row)[f];
+  else
+    return __uint_as_float(static_cast<unsigned>(reinterpret_cast<const unsigned short*>(row)[f]) << 16);
+}
+
+// Which thread this is; computed once.
+struct Place {
+  int lane, warp, member, team_lane;  // member of its team; lane of the team's member 0
+  __device__ __forceinline__ Place() {
+    lane = threadIdx.x % 32;
+    warp = threadIdx.x / 32;
+    member = lane % LANES;
+    team_lane = lane - member;
+  }
+  // Step of a tile that the team begins with.
+  __device__ __forceinline__ int first_step() const { return warp * WARP_STEPS + lane / LANES * STEPS; }
+  __device__ __forceinline__ int feature(int chunk) const { return (chunk * LANES + member) * VECTOR; }
+  __device__ __forceinline__ bool has(int chunk) const { return EVEN || feature(chunk) < FEATURES; }
+};
+
+// The steps of a team, of one tensor. `first` is the lane's first vector of the team's first step.
+struct Rows {
+  const unsigned char* first;
+  int count;  // steps that exist
+  Vector kept[KEEP ? STEPS : 1][KEEP ? CHUNKS : 1];
+
+  __device__ __forceinline__ Vector read(const Place& place, int i, int chunk, long long step_bytes) const {
+    if (i < count && place.has(chunk)) return load_vector(first + i * step_bytes + chunk * (LANES * VECTOR_BYTES));
+    return no_vector();
+  }
+  __device__ __forceinline__ void start(const Place& place, const unsigned char* address, int steps,
+                                        long long step_bytes) {
+    first = address;
+    count = steps;
+    if constexpr (KEEP) {
+#pragma unroll
+      for (int i = 0; i < STEPS; i++)
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) kept[i][c] = read(place, i, c, step_bytes);
+    }
+  }
+  __device__ __forceinline__ Vector get(const Place& place, int i, int chunk, long long step_bytes) const {
+    if constexpr (KEEP) return kept[i][chunk];
+    return read(place, i, chunk, step_bytes);
+  }
+};
+
+__device__ __forceinline__ float sum_team(float value) {
+#pragma unroll
+  for (int mask = LANES / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+// Two sums over time. In the forward pass of mu - pivot and s2 + (mu - pivot)^2, in the backward of P and R.
+struct __align__(16) Sums {
+  double first, second;
+};
+__device__ __forceinline__ Sums operator+(const Sums& a, const Sums& b) {
+  Sums c;
+  c.first = a.first + b.first;
+  c.second = a.second + b.second;
+  return c;
+}
+__device__ __forceinline__ Sums no_sums() {
+  Sums s;
+  s.first = s.second = 0;
+  return s;
+}
+
+// Over this lane and those before it.
+__device__ __forceinline__ Sums scan_warp(Sums s, int lane) {
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    Sums other;
+    other.first = shuffle_up(s.first, by);
+    other.second = shuffle_up(s.second, by);
+    if (lane >= by) s = other + s;
+  }
+  return s;
+}
+
+// The sums over everything before each tile, for one sequence and one of its blocks.
+struct OverTime {
+  static constexpr int SHARED_SUMS = 2 * WARPS + 1;
+  Sums* totals;     // (tiles,) of this sequence, global; unused with one block
+  unsigned* flags;  // (tiles,) 0 until the total is there
+  int blocks;
+  Sums* shared;  // SHARED_SUMS
+  Sums carry;    // over the tiles so far
+  int parity;
+
+  // Returns the sum over all steps up to and including the lane's, given the lane's own. All threads call it, once a
+  // tile. One barrier, and a second one where blocks share the sequence.
+  __device__ __forceinline__ Sums add(Sums mine, const Place& place, int tile) {
+    mine = scan_warp(mine, place.lane);
+    Sums* warps = shared + parity * WARPS;  // two in turn: a slow warp may still read the last tile's
+    parity ^= 1;
+    if (place.lane == 31) warps[place.warp] = mine;
+    sync_block();
+    Sums before = no_sums(), total = no_sums();
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      if (w == place.warp) before = total;
+      total = total + warps[w];
+    }
+    if (blocks > 1) {
+      if (place.warp == 0) {
+        if (place.lane == 0) {
+          totals[tile] = total;
+          store_release(flags + tile, 1);
+        }
+        for (int start = max(0, tile - blocks + 1); start < tile; start += 32) {
+          Sums theirs = no_sums();
+          if (start + place.lane < tile) {
+            while (!load_acquire(flags + start + place.lane)) wait_a_little();
+            theirs = totals[start + place.lane];
+          }
+          sync_warp();
+          const int present = min(32, tile - start);
+          for (int i = 0; i < present; i++) {
+            Sums one;
+            one.first = shuffle(theirs.first, i);
+            one.second = shuffle(theirs.second, i);
+            carry = carry + one;
+          }
+        }
+        if (place.lane == 0) shared[2 * WARPS] = carry;
+      }
+      sync_block();
+      carry = shared[2 * WARPS];
+    }
+    mine = (carry + before) + mine;
+    carry = carry + total;
+    return mine;
+  }
+};
+
+// Gain or bias of a vector's features, from shared memory: registers are scarce where tiles are in flight.
+__device__ __forceinline__ void read_parameters(const float* shared_features, float (&f)[VECTOR]) {
+  if constexpr (VECTOR % 4 == 0) {
+#pragma unroll
+    for (int e = 0; e < VECTOR; e += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(shared_features + e);
+      f[e] = four.x;
+      f[(e + 1) % VECTOR] = four.y;
+      f[(e + 2) % VECTOR] = four.z;
+      f[(e + 3) % VECTOR] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < VECTOR; e++) f[e] = shared_features[e];
+  }
+}
+
+// Which sequence and which of its blocks: neighbouring blocks take neighbouring groups, so that they read the same
+// lines of memory at about the same time.
+struct Sequence {
+  int group, block;
+  long long row;
+  __device__ __forceinline__ Sequence(int groups, int blocks) {
+    group = blockIdx.x % groups;
+    block = blockIdx.x / groups % blocks;
+    row = blockIdx.x / groups / blocks;
+  }
+};

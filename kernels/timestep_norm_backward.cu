@@ -1,0 +1,228 @@
+// TimestepNorm, backward: dx, the gradient of the carried mean and variance, and each block's share of dweight and dbias.
+//
+// Read timestep_norm.cuh first. Steps are counted from the end: u = length - 1 - t. With s = dy gain, xhat = (x - m) r:
+//   dm = -r sum s,  dv = -r^2/2 sum s xhat  over a step's features,
+//   P = sum (dm - 2 (m - pivot) dv) / n,  R = sum dv / n  over the step and all later ones,
+//   dx = s r + (P + 2 R (m - pivot)) / F + (2 R / F) (x - m).
+// (The group mean of the step cancels between d mu and d s2.) Per tile: (1) the two sums of each step by shuffles, and
+// the tile's part of dweight and dbias, which goes to the thread's own float64 numbers in shared memory; (2) OverTime:
+// P and R; (3) dx from the registers of (1). The next tile is loaded before (1) of this one. After the last tile the
+// block adds what its threads have of dweight and dbias, in a fixed order; timestep_norm_parameters adds the blocks'.
+//
+// Precision: float32 within a step, about the saved m; float64 over time, about `pivot`, the last step's m.
+//
+// Memory: x and dy are read once, dx is written once, and 8 bytes a step and group are read.
+#include "timestep_norm.cuh"
+
+struct Params {
+  const unsigned char* dy;  // (B, L, D)
+  const unsigned char* x;
+  unsigned char* dx;
+  const float* weight;      // (D,)
+  const float* dmean_last;  // (B, G), or null: zeros
+  const float* dvar_last;
+  const long long* count;     // (B,)
+  const float* mean;          // (B, G)
+  const unsigned char* mask;  // (B, L), 1 at padding; null: none
+  const int* steps;           // (B, L), unmasked steps up to and including each; null without a mask
+  const float* step_mean;     // (B, L, G)
+  const float* step_rstd;
+  float* dmean;
+  float* dvar;
+  float* partial;   // (2, B * blocks, D): dweight, dbias
+  Sums* totals;     // (B * G, tiles)
+  unsigned* flags;  // (B * G, tiles), zeros
+  long long batch, length;
+  int groups, blocks;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    timestep_norm_backward(const __grid_constant__ Params p) {
+  const Place place;
+  const Sequence at(p.groups, p.blocks);
+  const int length = static_cast<int>(p.length), tiles = (length + TILE - 1) / TILE;
+  const long long sequence = at.row * p.groups + at.group;
+  const long long dim = static_cast<long long>(p.groups) * FEATURES;
+  const long long step_bytes = -dim * ACTIVATION_BYTES;  // towards the start of time
+  const long long last = (at.row + 1) * p.length - 1;    // the last step of the row
+  const long long offset = last * dim * ACTIVATION_BYTES + at.group * (FEATURES * ACTIVATION_BYTES);
+  const float* weight = p.weight + static_cast<long long>(at.group) * FEATURES;
+
+  constexpr int SLOTS = VECTOR * CHUNKS;
+  Sums* shared_sums = reinterpret_cast<Sums*>(shared_memory());
+  double* parts = reinterpret_cast<double*>(shared_sums + OverTime::SHARED_SUMS);  // [2][SLOTS][THREADS]
+  float* shared_gain = reinterpret_cast<float*>(parts + 2 * SLOTS * THREADS);      // [PADDED]
+  for (int f = threadIdx.x; f < PADDED; f += THREADS)
+    shared_gain[f] = f < FEATURES ? weight[f] + 1.0f : 0.0f;
+  double* mine_of_weight = parts + threadIdx.x;
+  double* mine_of_bias = mine_of_weight + SLOTS * THREADS;
+  for (int i = 0; i < SLOTS; i++) mine_of_weight[i * THREADS] = mine_of_bias[i * THREADS] = 0;
+
+  // What the owner of a step (member i of a team) needs to know of it.
+  struct Step {
+    float mean, rstd;  // rstd -1 says masked
+    int counted;
+  };
+  const auto load_step = [&](int u) {
+    Step s;
+    s.mean = 0;
+    s.rstd = -1.0f;
+    s.counted = 0;
+    if (place.member < STEPS && u < length) {
+      const long long i = last - u;
+      s.counted = p.steps ? p.steps[i] : length - u;
+      if (!(p.mask && p.mask[i])) {
+        s.mean = __ldg(p.step_mean + i * p.groups + at.group);
+        s.rstd = __ldg(p.step_rstd + i * p.groups + at.group);
+      }
+    }
+    return s;
+  };
+  const auto team_start = [&](int tile) { return tile * TILE + place.first_step(); };
+  const auto load = [&](Rows& rows, const unsigned char* tensor, int tile) {
+    const int u = team_start(tile);
+    rows.start(place, tensor + offset + u * step_bytes + place.member * VECTOR_BYTES, length - u, step_bytes);
+  };
+
+  Rows next_x, next_dy;
+  load(next_x, p.x, at.block);
+  load(next_dy, p.dy, at.block);
+  Step next_step = load_step(team_start(at.block) + place.member);
+
+  const long long count = p.count[at.row];
+  const bool touched = !p.steps || p.steps[last] > 0;  // a row of padding hands its state through
+  const double pivot = p.step_mean[last * p.groups + at.group];
+  const float dmean_last = p.dmean_last ? p.dmean_last[sequence] : 0.0f;
+  const float dvar_last = p.dvar_last ? p.dvar_last[sequence] : 0.0f;
+
+  OverTime time;
+  time.totals = p.totals + sequence * tiles;
+  time.flags = p.flags + sequence * tiles;
+  time.blocks = p.blocks;
+  time.shared = shared_sums;
+  time.carry = no_sums();
+  time.parity = 0;
+  if (touched) {  // the state after the last step, whose mean is the pivot
+    const double n = static_cast<double>(count + (p.steps ? p.steps[last] : length));
+    time.carry.first = dmean_last / n;
+    time.carry.second = dvar_last / n;
+  }
+
+  sync_block();
+  for (int tile = at.block; tile < tiles; tile += p.blocks) {
+    const Rows x = next_x, dy = next_dy;
+    const Step step = next_step;
+    const int mine = team_start(tile) + place.member;
+    if (tile + p.blocks < tiles) {
+      load(next_x, p.x, tile + p.blocks);
+      load(next_dy, p.dy, tile + p.blocks);
+      next_step = load_step(team_start(tile + p.blocks) + place.member);
+    }
+    float means[STEPS], rstds[STEPS], sum[STEPS], product[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      means[i] = shuffle(step.mean, place.team_lane + i);
+      rstds[i] = shuffle(step.rstd, place.team_lane + i);
+      sum[i] = product[i] = 0;
+    }
+    // Padding may hold NaN; there both count as 0.
+    const auto unpack_valid = [&](const Rows& rows, int i, int chunk, float(&f)[VECTOR]) {
+      unpack(rstds[i] < 0 ? no_vector() : rows.get(place, i, chunk, step_bytes), f);
+    };
+#pragma unroll UNROLLED_CHUNKS
+    for (int c = 0; c < CHUNKS; c++) {
+      float gain[VECTOR];
+      read_parameters(shared_gain + place.feature(c), gain);
+      float of_weight[VECTOR], of_bias[VECTOR];
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++) of_weight[e] = of_bias[e] = 0;
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) {
+        float fx[VECTOR], fdy[VECTOR];
+        unpack_valid(x, i, c, fx);
+        unpack_valid(dy, i, c, fdy);
+#pragma unroll
+        for (int e = 0; e < VECTOR; e++) {
+          const float xhat = (fx[e] - means[i]) * rstds[i], s = fdy[e] * gain[e];
+          sum[i] += s;
+          product[i] = fmaf(s, xhat, product[i]);
+          of_weight[e] = fmaf(fdy[e], xhat, of_weight[e]);
+          of_bias[e] += fdy[e];
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++) {
+        mine_of_weight[(c * VECTOR + e) * THREADS] += of_weight[e];
+        mine_of_bias[(c * VECTOR + e) * THREADS] += of_bias[e];
+      }
+    }
+    float my_sum = 0, my_product = 0;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      const float a = sum_team(sum[i]), b = sum_team(product[i]);
+      if (i == place.member) {
+        my_sum = a;
+        my_product = b;
+      }
+    }
+
+    Sums sums = no_sums();
+    const double away = step.mean - pivot;
+    if (step.rstd >= 0 || step.rstd != step.rstd) {
+      const double share = 1.0 / static_cast<double>(count + step.counted), r = step.rstd;
+      const double dv = -0.5 * r * r * my_product;
+      sums.first = (-r * my_sum - 2.0 * away * dv) * share;
+      sums.second = dv * share;
+    }
+    sums = time.add(sums, place, tile);
+
+    if (place.member < STEPS && mine == length - 1) {  // the first step in time
+      double dmean = touched ? 0.0 : dmean_last, dvar = touched ? 0.0 : dvar_last;
+      if (touched && count > 0) {
+        dmean = static_cast<double>(count) * (sums.first + 2.0 * sums.second * (p.mean[sequence] - pivot));
+        dvar = static_cast<double>(count) * sums.second;
+      }
+      p.dmean[sequence] = static_cast<float>(dmean);
+      p.dvar[sequence] = static_cast<float>(dvar);
+    }
+    const float level = static_cast<float>((sums.first + 2.0 * sums.second * away) * (1.0 / FEATURES));
+    const float slope = static_cast<float>(sums.second * (2.0 / FEATURES));
+    float levels[STEPS], slopes[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      levels[i] = shuffle(level, place.team_lane + i);
+      slopes[i] = shuffle(slope, place.team_lane + i);
+    }
+    unsigned char* out = p.dx + (x.first - p.x);
+#pragma unroll UNROLLED_CHUNKS
+    for (int c = 0; c < CHUNKS; c++) {
+      float gain[VECTOR];
+      read_parameters(shared_gain + place.feature(c), gain);
+#pragma unroll
+      for (int i = 0; i < STEPS; i++) {
+        float fx[VECTOR], fdy[VECTOR];
+        unpack(x.get(place, i, c, step_bytes), fx);
+        unpack(dy.get(place, i, c, step_bytes), fdy);
+#pragma unroll
+        for (int e = 0; e < VECTOR; e++)
+          fx[e] = fmaf(fdy[e] * gain[e], rstds[i], fmaf(slopes[i], fx[e] - means[i], levels[i]));
+        const Vector v = rstds[i] < 0 ? no_vector() : pack(fx);
+        if (i < x.count && place.has(c)) store_vector(out + i * step_bytes + c * (LANES * VECTOR_BYTES), v);
+      }
+    }
+  }
+
+  sync_block();
+  float* partial = p.partial + (at.row * p.blocks + at.block) * dim + static_cast<long long>(at.group) * FEATURES;
+  for (int f = threadIdx.x; f < FEATURES; f += THREADS) {
+    const int vector = f / VECTOR;
+    const int slot = (vector / LANES * VECTOR + f % VECTOR) * THREADS + vector % LANES;
+    double of_weight = 0, of_bias = 0;
+    for (int team = 0; team < THREADS / LANES; team++) {
+      of_weight += parts[slot + team * LANES];
+      of_bias += parts[slot + team * LANES + SLOTS * THREADS];
+    }
+    partial[f] = static_cast<float>(of_weight);
+    partial[f + p.batch * p.blocks * dim] = static_cast<float>(of_bias);
+  }
+}

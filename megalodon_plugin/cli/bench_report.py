@@ -1,0 +1,198 @@
+"""What a benchmark has found: floors, tables for the terminal, JSON and a picture."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+COLORS = {"cuda": "tab:green", "compiled": "tab:orange", "torch": "tab:blue", "fft": "tab:purple"}
+SWEEP_DIM = 4096
+SWEEP_LENGTHS = tuple(256 * 4**i for i in range(7))
+"""256 to 1,048,576."""
+SWEEP_TOKENS = 32768
+
+
+def sweep_shapes() -> list[tuple[int, int, int]]:
+    """(B, L, D) of the sweep over lengths: B * L = 32768 as long as a row is no longer than that."""
+    return [(max(1, SWEEP_TOKENS // length), length, SWEEP_DIM) for length in SWEEP_LENGTHS]
+
+
+def floor_ms(activations: int, shape: tuple[int, int, int], itemsize: int, copy_tb_s: float) -> float:
+    """The time to move that many activations of shape (B, L, D) once, at the rate of a copy.
+
+    A forward pass must move 2 (x, y), forward and backward 5 (x, y, and then x, dy, dx).
+    """
+    batch, length, dim = shape
+    return activations * batch * length * dim * itemsize / (copy_tb_s * 1e12) * 1e3
+
+
+def flatness(rows: Iterable[Row], op: str, time: str = "fwd_ms") -> float | None:
+    """How much longer the slowest length of the sweep takes an element than the fastest: max / min - 1."""
+    each = [row[time] / elements(row) for row in sweep_rows(rows, op) if row[time]]
+    return max(each) / min(each) - 1 if len(each) > 1 else None
+
+
+def sweep_rows(rows: Iterable[Row], op: str) -> list[Row]:
+    """The op's rows that lie on the sweep, by length."""
+    shapes = set(sweep_shapes())
+    chosen = [
+        row
+        for row in rows
+        if (row["op"], row["impl"], row["dtype"]) == (op, "cuda", "bfloat16") and shape_of(row) in shapes
+    ]
+    return sorted(chosen, key=lambda row: row["L"])
+
+
+def shape_of(row: Row) -> tuple[int, int, int]:
+    """(B, L, D)"""
+    return row["B"], row["L"], row["D"]
+
+
+def elements(row: Row) -> int:
+    """B * L * D"""
+    return row["B"] * row["L"] * row["D"]
+
+
+def table(rows: list[Row], columns: list[tuple[str, str, str]]) -> str:
+    """Rows as text. A column is (heading, key, format); what a row lacks is shown as a dash."""
+    cells = [[heading for heading, _, _ in columns]]
+    for row in rows:
+        cells.append(["-" if row.get(key) is None else format(row[key], spec) for _, key, spec in columns])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def speed_table(rows: list[Row]) -> str:
+    """Times with their multiples of the floor, and memory."""
+    with_multiples = [
+        row
+        | {
+            "fwd_x": multiple(row, "fwd"),
+            "fwd_bwd_x": multiple(row, "fwd_bwd"),
+            "ns": row["fwd_ms"] * 1e6 / elements(row) * 1e3,
+        }
+        for row in rows
+    ]
+    return table(
+        with_multiples,
+        [
+            ("op", "op", ""),
+            ("impl", "impl", ""),
+            ("B", "B", "d"),
+            ("L", "L", "d"),
+            ("D", "D", "d"),
+            ("dtype", "dtype", ""),
+            ("fwd ms", "fwd_ms", ".3f"),
+            ("x floor", "fwd_x", ".2f"),
+            ("fwd+bwd ms", "fwd_bwd_ms", ".3f"),
+            ("x floor", "fwd_bwd_x", ".2f"),
+            ("fwd ps/element", "ns", ".3f"),
+            ("eager fwd", "eager_fwd_ms", ".3f"),
+            ("extra MiB", "extra_mib", ".0f"),
+            ("of an activation", "extra_share", ".3f"),
+        ],
+    )
+
+
+def multiple(row: Row, which: str) -> float | None:
+    """The time as a multiple of its floor; `which` is "fwd" or "fwd_bwd"."""
+    floor, time = row.get(f"floor_{which}_ms"), row.get(f"{which}_ms")
+    return time / floor if floor and time else None
+
+
+def accuracy_table(rows: list[Row]) -> str:
+    """Errors in units of the error that cannot be avoided."""
+    marked = [row | {"verdict": "" if row["ok"] else "TOO LARGE"} for row in rows]
+    return table(
+        marked,
+        [
+            ("op", "op", ""),
+            ("impl", "impl", ""),
+            ("case", "case", ""),
+            ("dtype", "dtype", ""),
+            ("result", "quantity", ""),
+            ("error", "error", ".2e"),
+            ("unit", "unit", ".2e"),
+            ("ratio", "ratio", ".3f"),
+            ("ratio of max", "ratio_max", ".3f"),
+            ("limit", "limit", ".1f"),
+            ("", "verdict", ""),
+        ],
+    )
+
+
+def write_json(report: Row, path: Path) -> None:
+    """Write the report so that a reader sees the old file or the whole new one."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(report, indent=1, allow_nan=True) + "\n")
+    unfinished.replace(path)
+
+
+def draw(report: Row, path: Path) -> None:
+    """Multiples of the floor by shape and implementation, and time per element against length.
+
+    Raises:
+        ValueError: the report holds no row of an op.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in report["rows"] if row["op"] != "layer"]
+    if not rows:
+        raise ValueError("`rows` must hold at least one row of an op, but there is none to draw")
+    figure, (bars, lines) = plt.subplots(2, 1, figsize=(11, 10))
+    _draw_multiples(bars, rows)
+    _draw_sweep(lines, rows, report["copy_tb_s"])
+    figure.suptitle(f"{report['gpu']}, torch {report['torch']}, commit {report['commit']}, {report['date'][:10]}")
+    figure.tight_layout()
+    unfinished = path.with_name(path.name + ".unfinished")
+    figure.savefig(unfinished, dpi=110, format="png")
+    plt.close(figure)
+    unfinished.replace(path)
+
+
+def _draw_multiples(axes: Any, rows: list[Row]) -> None:
+    compared = {(row["op"], *shape_of(row), row["dtype"]) for row in rows if row["impl"] != "cuda"}
+    groups = sorted(compared or {(row["op"], *shape_of(row), row["dtype"]) for row in rows})
+    width = 0.19
+    for i, group in enumerate(groups):
+        here = [row for row in rows if (row["op"], *shape_of(row), row["dtype"]) == group]
+        here.sort(key=lambda row: list(COLORS).index(row["impl"]))
+        for j, row in enumerate(here):
+            at = i + (j - (len(here) - 1) / 2) * width
+            both = multiple(row, "fwd_bwd")
+            if both:
+                axes.bar(at, both, width * 0.9, color=COLORS[row["impl"]], alpha=0.35)
+                axes.annotate(f"{both:.1f}", (at, both), ha="center", va="bottom", fontsize=7)
+            axes.bar(at, multiple(row, "fwd") or 0, width * 0.45, color=COLORS[row["impl"]])
+    for impl, color in COLORS.items():
+        if any(row["impl"] == impl for row in rows):
+            axes.bar(0, 0, color=color, label=impl)
+    axes.axhline(1, color="0.3", linewidth=1, linestyle="--", label="floor")
+    labels = [f"{op}\n{b} × {l} × {d}\n{dtype}" for op, b, l, d, dtype in groups]
+    axes.set_xticks(range(len(groups)), labels, fontsize=8)
+    axes.set(yscale="log", ylabel="time / floor", title="Multiples of the floor: wide bars forward + backward, narrow forward")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _draw_sweep(axes: Any, rows: list[Row], copy_tb_s: float) -> None:
+    for op, color in (("cema", "tab:green"), ("timestep_norm", "tab:red")):
+        swept = sweep_rows(rows, op)
+        for time, style in (("fwd_ms", "-o"), ("fwd_bwd_ms", "--s")):
+            known = [row for row in swept if row[time]]
+            label = f"{op}, {'forward' if time == 'fwd_ms' else 'forward + backward'}"
+            picoseconds = [row[time] * 1e9 / elements(row) for row in known]
+            axes.plot([row["L"] for row in known], picoseconds, style, color=color, markersize=4, label=label)
+    for activations, style in ((2, "-"), (5, "--")):
+        floor = activations * 2 / copy_tb_s  # bytes / (TB/s) = ps
+        axes.axhline(floor, color="0.5", linewidth=1, linestyle=style, label=f"floor, {activations} activations")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="L", ylabel="ps an element", title=f"Time per element against length, bfloat16, D = {SWEEP_DIM}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)

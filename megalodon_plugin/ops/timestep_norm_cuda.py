@@ -1,0 +1,265 @@
+"""TimestepNorm on a CUDA device: which kernel, which tiles, how many blocks, and the launch.
+
+The kernels are kernels/timestep_norm_*.cu; the equations stand in timestep_norm.py, how they are shared out among blocks
+at the head of kernels/timestep_norm.cuh. Every number that was chosen for speed stands in this file.
+"""
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megalodon_plugin import kernels
+
+Defines = tuple[tuple[str, int], ...]
+
+_KEPT_WORDS = 32
+"""Most registers in which a thread holds its part of one step; larger groups are read again instead."""
+
+
+class Choice(NamedTuple):
+    """How a kernel shares out the work; the names are those of kernels/timestep_norm.cuh."""
+
+    vector: int
+    lanes: int
+    steps: int
+    threads: int
+    min_blocks: int
+    keep: bool
+
+
+def choose(features: int, activation_bytes: int, alignment: int, backward: bool) -> Choice:
+    """The tiles for groups of `features`, with activations at multiples of `alignment` bytes."""
+    vector = 16 // activation_bytes
+    while features % vector or alignment % (vector * activation_bytes):
+        vector //= 2
+    vectors = features // vector
+    lanes = min(32, 1 << (vectors - 1).bit_length())
+    words = max(1, vector * activation_bytes // 4) * -(-vectors // lanes)  # registers of one step
+    if words > _KEPT_WORDS:
+        return Choice(vector, lanes, 1, 32, 1, False)
+    # A tile and the next one, of x alone or of x and dy, in registers: 64 bytes a thread and load in flight.
+    steps = max(1, min(lanes, (8 if backward else 16) // words))
+    min_blocks = 4 if words <= 8 else 2
+    return Choice(vector, lanes, 1 << (steps.bit_length() - 1), 128, min_blocks, True)
+
+
+def _defines(features: int, activation_bytes: int, choice: Choice) -> Defines:
+    return (
+        ("FEATURES", features),
+        ("ACTIVATION_BYTES", activation_bytes),
+        ("VECTOR", choice.vector),
+        ("LANES", choice.lanes),
+        ("STEPS", choice.steps),
+        ("THREADS", choice.threads),
+        ("MIN_BLOCKS", choice.min_blocks),
+        ("KEEP", int(choice.keep)),
+    )
+
+
+def _variants() -> tuple[tuple[str, str, Defines], ...]:
+    found: list[tuple[str, str, Defines]] = [("timestep_norm_parameters.cu", "timestep_norm_parameters", ())]
+    for features, activation_bytes in ((32, 2), (64, 2), (128, 2), (64, 4), (7, 2), (1024, 4), (2048, 2)):
+        for name, backward in (("timestep_norm_forward", False), ("timestep_norm_backward", True)):
+            choice = choose(features, activation_bytes, 16, backward)
+            found.append((f"{name}.cu", name, _defines(features, activation_bytes, choice)))
+    return tuple(found)
+
+
+VARIANTS = _variants()
+"""Kernels that the tests compile for every architecture: source, name, macros."""
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "x y weight bias count mean var mask steps".split()),
+        *((name, ctypes.c_void_p) for name in "last_count last_mean last_var step_mean step_rstd totals flags".split()),
+        ("length", ctypes.c_int64),
+        ("groups", ctypes.c_int),
+        ("blocks", ctypes.c_int),
+        ("eps", ctypes.c_double),
+    ]
+
+
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "dy x dx weight dmean_last dvar_last count mean mask steps".split()),
+        *((name, ctypes.c_void_p) for name in "step_mean step_rstd dmean dvar partial totals flags".split()),
+        ("batch", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("groups", ctypes.c_int),
+        ("blocks", ctypes.c_int),
+    ]
+
+
+class _Parameters(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "partial dweight dbias".split()),
+        ("parts", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+    ]
+
+
+class _Plan(NamedTuple):
+    kernel: Any
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    blocks: int  # of one sequence (batch row and group)
+    sums: int  # that the blocks of one sequence exchange, over all sequences; 0 where each has one block
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    padding_mask: Tensor | None,
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the state after (count, mean, var), and the running mean and 1/std of each step (B, L, G).
+
+    x (B, L, D) bfloat16 or float32; weight, bias, mean, var float32; shapes as `timestep_norm` checks them.
+
+    Raises:
+        kernels.KernelUnavailable: the kernels do not run on this device.
+    """
+    x, mask = x.contiguous(), _as_it_is(padding_mask)
+    weight, bias, count, mean, var = (t.contiguous() for t in (weight, bias, count, mean, var))
+    batch, length, _ = x.shape
+    y, last_count = torch.empty_like(x), torch.empty_like(count)
+    last_mean, last_var = torch.empty_like(mean), torch.empty_like(var)
+    step_mean = mean.new_empty(batch, length, num_groups)
+    step_rstd = torch.empty_like(step_mean)
+    if x.numel() == 0:
+        return y, last_count.copy_(count), last_mean.copy_(mean), last_var.copy_(var), step_mean, step_rstd
+    plan = _plan(False, x.shape, num_groups, x.element_size(), _alignment(x), x.device)
+    steps = _steps(mask)
+    totals, flags = _exchange(plan, mean)
+    params = _Forward(
+        *(x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), count.data_ptr(), mean.data_ptr()),
+        *(var.data_ptr(), _pointer(mask), _pointer(steps)),
+        *(last_count.data_ptr(), last_mean.data_ptr(), last_var.data_ptr()),
+        *(step_mean.data_ptr(), step_rstd.data_ptr(), _pointer(totals), _pointer(flags)),
+        *(length, num_groups, plan.blocks, eps),
+    )
+    plan.kernel.launch(plan.grid, plan.threads, params, _stream(x.device), plan.shared_bytes, plan.blocks > 1)
+    return y, last_count, last_mean, last_var, step_mean, step_rstd
+
+
+def backward(
+    dy: Tensor,
+    dmean_last: Tensor | None,
+    dvar_last: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    padding_mask: Tensor | None,
+    step_mean: Tensor,
+    step_rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dmean, dvar; step_mean and step_rstd are those of `forward`.
+
+    Raises:
+        kernels.KernelUnavailable: the kernels do not run on this device.
+    """
+    x, dy, mask = x.contiguous(), dy.contiguous(), _as_it_is(padding_mask)
+    weight, count, mean = (t.contiguous() for t in (weight, count, mean))
+    step_mean, step_rstd = step_mean.contiguous(), step_rstd.contiguous()
+    dmean_last, dvar_last = _as_it_is(dmean_last), _as_it_is(dvar_last)
+    batch, length, dim = x.shape
+    groups = step_mean.shape[2]
+    dx, dmean, dvar = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(var)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    if x.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_(), dmean, dvar
+    plan = _plan(True, x.shape, groups, x.element_size(), min(_alignment(x), _alignment(dy)), x.device)
+    steps = _steps(mask)
+    totals, flags = _exchange(plan, mean)
+    parts = batch * plan.blocks
+    partial = mean.new_empty(2 * parts * dim)
+    params = _Backward(
+        *(dy.data_ptr(), x.data_ptr(), dx.data_ptr(), weight.data_ptr(), _pointer(dmean_last), _pointer(dvar_last)),
+        *(count.data_ptr(), mean.data_ptr(), _pointer(mask), _pointer(steps)),
+        *(step_mean.data_ptr(), step_rstd.data_ptr(), dmean.data_ptr(), dvar.data_ptr(), partial.data_ptr()),
+        *(_pointer(totals), _pointer(flags), batch, length, groups, plan.blocks),
+    )
+    stream = _stream(x.device)
+    plan.kernel.launch(plan.grid, plan.threads, params, stream, plan.shared_bytes, plan.blocks > 1)
+    add = _Parameters(partial.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), parts, dim)
+    _parameters_kernel(x.device).launch((-(-dim // 32), 2, 1), 256, add, stream, 8 * 256)
+    return dx, dweight, dbias, dmean, dvar
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    backward: bool, shape: torch.Size, groups: int, activation_bytes: int, alignment: int, device: torch.device
+) -> _Plan:
+    batch, length, dim = shape
+    features = dim // groups
+    choice = choose(features, activation_bytes, alignment, backward)
+    name = "timestep_norm_backward" if backward else "timestep_norm_forward"
+    kernel = kernels.load(f"{name}.cu", name, _defines(features, activation_bytes, choice), device)
+    warps = choice.threads // 32
+    shared_bytes = 16 * (2 * warps + 1)  # two float64 sums for each warp, twice, and for the tiles before
+    vectors = -(-features // (choice.vector * choice.lanes))  # of a lane
+    shared_bytes += (1 if backward else 2) * 4 * vectors * choice.lanes * choice.vector  # gain; bias
+    if backward:
+        shared_bytes += 2 * 8 * choice.vector * vectors * choice.threads  # dweight and dbias of a thread, float64
+    tiles = -(-length // (warps * (32 // choice.lanes) * choice.steps))
+    capacity = kernel.blocks_per_multiprocessor(choice.threads, shared_bytes) * _multiprocessors(device)
+    blocks = _blocks(batch * groups, tiles, capacity)
+    grid = (batch * groups * blocks, 1, 1)
+    return _Plan(kernel, grid, choice.threads, shared_bytes, blocks, batch * groups * tiles if blocks > 1 else 0)
+
+
+def _blocks(sequences: int, tiles: int, capacity: int) -> int:
+    """Blocks of one sequence. They wait for each other, so no more than the GPU holds at once; each gets two tiles."""
+    return max(1, min(capacity // sequences, tiles // 2))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _parameters_kernel(device: torch.device) -> Any:
+    return kernels.load("timestep_norm_parameters.cu", "timestep_norm_parameters", (), device)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _alignment(x: Tensor) -> int:
+    pointer = x.data_ptr()
+    return min(16, pointer & -pointer)
+
+
+def _as_it_is(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _steps(mask: Tensor | None) -> Tensor | None:
+    """Unmasked steps up to and including each, (B, L) int32."""
+    return None if mask is None else mask.logical_not().cumsum(1, dtype=torch.int32)
+
+
+def _exchange(plan: _Plan, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Where blocks leave their tiles' sums, and the words that say so: 0 at first."""
+    if not plan.sums:
+        return None, None
+    sums = torch.empty(2 * plan.sums, dtype=torch.float64, device=like.device)
+    return sums, torch.zeros(plan.sums, dtype=torch.int32, device=like.device)

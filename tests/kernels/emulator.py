@@ -1,0 +1,115 @@
+"""Kernels on a CPU: `emulated_load` stands in for `megalodon_plugin.kernels.load` and takes tensors of the CPU.
+
+Each CUDA thread becomes a fiber (emulator/scheduler.h), and emulator/primitives.cuh takes the place of the header of
+that name. It shows wrong indices, missing barriers, lanes that do not meet, uninitialised shared memory (filled with
+NaN), misaligned vectors; it says nothing about speed, registers or the GPU's memory order.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+# The order in which the threads run between two waits: 0 by index, 1 reversed, another number a shuffle by that seed.
+# A result that depends on it shows a missing barrier.
+SCHEDULE = 0
+
+# "address,undefined", say. The address sanitizer needs LD_PRELOAD=$(g++ -print-file-name=libasan.so).
+SANITIZERS = os.environ.get("EMULATOR_SANITIZE", "")
+
+_HERE = Path(__file__).parent / "emulator"
+_KERNELS = Path(__file__).parents[2] / "kernels"
+_WARP = 32
+
+
+class EmulatedKernel:
+    """What `megalodon_plugin.kernels.load` returns, on the CPU."""
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self._name = name
+        self._launch = library.emulator_launch
+        self._launch.restype = ctypes.c_char_p
+        self._launch.argtypes = [ctypes.c_uint] * 4 + [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint]
+        library.emulator_params_bytes.restype = ctypes.c_size_t
+        self._params_bytes = library.emulator_params_bytes()
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        params: ctypes.Structure,
+        stream: int = 0,
+        shared_bytes: int = 0,
+        cooperative: bool = False,
+    ) -> None:
+        """Run the kernel to its end. RuntimeError says which lanes did not meet, or what was wrong."""
+        rules = {
+            f"params of {self._params_bytes} bytes, not {ctypes.sizeof(params)}": ctypes.sizeof(params)
+            == self._params_bytes,
+            f"whole warps, at most 1024 threads, not {threads}": 0 < threads <= 1024 and threads % _WARP == 0,
+            f"at most 232448 bytes of shared memory, not {shared_bytes}": 0 <= shared_bytes <= 232448,
+            f"a grid of three positive numbers within (2^31 - 1, 65535, 65535), not {grid}": len(grid) == 3
+            and all(1 <= n <= limit for n, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=True)),
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise RuntimeError(f"{self._name} takes {rule}")
+        message = self._launch(*grid, threads, ctypes.addressof(params), shared_bytes, cooperative, SCHEDULE)
+        if message:
+            raise RuntimeError(f"{self._name}: {message.decode()}")
+
+    def blocks_per_multiprocessor(self, threads: int, shared_bytes: int = 0) -> int:
+        return 2
+
+
+def emulated_load(
+    source: str, name: str, defines: tuple[tuple[str, int], ...], device: torch.device | None = None
+) -> EmulatedKernel:
+    """Kernel `name` of kernels/`source` (a file name), compiled with g++; skips the test where there is none."""
+    return _load(source, name, tuple(defines), SANITIZERS)
+
+
+@functools.cache
+def _load(source: str, name: str, defines: tuple[tuple[str, int], ...], sanitizers: str) -> EmulatedKernel:
+    return EmulatedKernel(ctypes.CDLL(str(build(_KERNELS / source, name, defines, sanitizers))), name)
+
+
+def build(source: Path, name: str, defines: tuple[tuple[str, int], ...], sanitizers: str = "") -> Path:
+    """The shared library of kernel `name` in `source`; kept in the temporary folder per text, macros and flags."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulator needs g++")
+    flags = ["-std=c++20", "-O2", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags += ["-ffp-contract=off", "-fno-strict-aliasing", *(f"-D{key}={value}" for key, value in defines)]
+    if sanitizers:
+        flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+    # A quoted include looks beside the file that has it first, so the sources move away from their primitives.cuh.
+    moved = [source, *(h for h in sorted(source.parent.glob("*.cuh")) if h.name != "primitives.cuh")]
+    texts = {path.name: f'#line 1 "{path.name}"\n{path.read_text()}' for path in moved}
+    key = hashlib.sha256(repr((texts, name, flags)).encode())
+    for path in sorted(_HERE.iterdir()):
+        key.update(path.read_bytes())
+    cache = Path(tempfile.gettempdir()) / f"megalodon-emulator-{os.getuid()}"
+    library = cache / f"{name}-{key.hexdigest()[:24]}.so"
+    if library.exists():
+        return library
+    cache.mkdir(mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        for file, text in texts.items():
+            (Path(folder) / file).write_text(text)
+        main = Path(folder) / "main.cpp"
+        main.write_text(f'#include "primitives.cuh"\n#include "{source.name}"\nEMULATED_KERNEL({name})\n')
+        built = Path(folder) / library.name
+        command = [compiler, *flags, f"-I{_HERE}", "-o", str(built), str(main)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise RuntimeError(f"g++ does not compile {source.name} {dict(defines)}:\n{result.stderr[:8000]}")
+        built.replace(library)
+    return library
