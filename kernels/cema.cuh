@@ -4,14 +4,14 @@
 //   BLOCK     T, the steps of a block: 16 or 32
 //   ORDERS    orders a channel is padded to with zero coefficients: 16 or 32
 //   TERMS     bfloat16 terms that a table entry or a state is split into: 2 for bfloat16 activations, 3 for float32
-//   CHANNELS  channels, and warps, of a thread block: 8 or 16
+//   CHANNELS  channels of a thread block: 8 or 16
 //   ALIGNED   1 if every row of the activations starts on 16 bytes and D is a multiple of 8
 #pragma once
 #include "primitives.cuh"
 
 constexpr bool kFloat32 = TERMS == 3;            // activations are float32
 constexpr int kPlanes = kFloat32 ? 3 : 1;        // bfloat16 terms of an activation; a bfloat16 one is exact
-constexpr int kThreads = 32 * CHANNELS;
+constexpr int kThreads = 32 * CHANNELS * kWarpsOfChannel;
 static_assert(BLOCK == 16 || BLOCK == 32, "");
 static_assert(ORDERS == 16 || ORDERS == 32, "");
 static_assert(TERMS == 2 || TERMS == 3, "");
@@ -43,7 +43,7 @@ __device__ __forceinline__ Complex<To> convert(Complex<From> z) {
   return {static_cast<To>(z.re), static_cast<To>(z.im)};
 }
 
-// Of each channel and order, (D, ORDERS, kSlots), made by cema_prepare in float64 and rounded once.
+// Of each channel and order, (D, kSlots, ORDERS), made by cema_prepare in float64 and rounded once.
 enum Slot {
   kP,             // p, the input coefficient
   kG,             // g, the output coefficient
@@ -59,14 +59,31 @@ enum Slot {
   kSlots
 };
 
-// q^(8 m + r) from the stored powers.
-__device__ __forceinline__ Complex<Real> power(const Complex<Real>* c, int m, int r) {
-  Complex<Real> q = c[kPower + r];
-  if (m == 1) q = q * c[kPower + 8];
-  if (m == 2) q = q * c[kPower16];
-  if (m == 3) q = q * c[kPower24];
-  return q;
-}
+// The coefficients of one order of one channel: number `slot` of (kSlots, ORDERS).
+struct Coefficients {
+  const Complex<Real>* at;
+  __device__ __forceinline__ Coefficients(const Complex<Real>* all, long long channel, int order)
+      : at(all + channel * kSlots * ORDERS + order) {}
+  __device__ __forceinline__ Complex<Real> operator[](int slot) const { return at[slot * ORDERS]; }
+
+  // q^(8 m + r) from the stored powers.
+  __device__ __forceinline__ Complex<Real> power(int m, int r) const {
+    Complex<Real> q = (*this)[kPower + r];
+    if (m == 1) q = q * (*this)[kPower + 8];
+    if (m == 2) q = q * (*this)[kPower16];
+    if (m == 3) q = q * (*this)[kPower24];
+    return q;
+  }
+
+  // Entry of the table of inputs, S_t = p q^(T-1-t), and of outputs, C_t = g q^(t+1).
+  __device__ __forceinline__ Complex<Real> input(int step) const {
+    const int exponent = BLOCK - 1 - step;
+    return (*this)[kP] * power(exponent / 8, exponent % 8);
+  }
+  __device__ __forceinline__ Complex<Real> output(int step) const {
+    return (*this)[kG] * power(step / 8, step % 8 + 1);
+  }
+};
 
 // Splits two numbers into K bfloat16 terms each; what is lost is 2^-9K of the number.
 template <int K>
@@ -81,18 +98,30 @@ __device__ __forceinline__ void split(float low, float high, unsigned (&terms)[K
   }
 }
 
-// d += a b where both are sums of bfloat16 terms, a[i] and (b0[j], b1[j]). Products below the last term's size are left
-// out; the small ones go first, so that they are not lost in the sum.
-template <int I, int J>
+// d += a b, or d = a b if FIRST, where both are sums of bfloat16 terms, a[i] and (b0[j], b1[j]). Products below the last
+// term's size are left out; the small ones go first. The matrix units cut off what a float32 sum cannot hold instead of
+// rounding it; where float32 accuracy is wanted, each product is therefore added to d by an addition that rounds.
+template <bool FIRST, int I, int J>
 __device__ __forceinline__ void mma_terms(float (&d)[4], const unsigned (&a)[I][4], const unsigned (&b0)[J],
                                           const unsigned (&b1)[J]) {
+  float product[4];
+  float(&sum)[4] = kFloat32 ? product : d;
+  bool fresh = FIRST || kFloat32;
 #pragma unroll
   for (int order = TERMS - 1; order >= 0; --order) {
 #pragma unroll
     for (int i = 0; i < I; ++i) {
-      int j = order - i;
-      if (j >= 0 && j < J) mma_bf16(d, a[i], b0[j], b1[j]);
+      const int j = order - i;
+      if (j < 0 || j >= J) continue;
+      if (fresh)
+        mma_bf16_first(sum, a[i], b0[j], b1[j]);
+      else
+        mma_bf16(sum, a[i], b0[j], b1[j]);
+      fresh = false;
     }
   }
+  if (kFloat32) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] = FIRST ? product[i] : d[i] + product[i];
+  }
 }
-

@@ -4,6 +4,7 @@
 //   da = -Re(dL) d / w + dp's part along p,   dd = -Re(dL) a / w,   dangle_n = Im(dL) (+ dp's part across p),
 //   dalpha = da a (1 - a),  ddelta = dd d (1 - d),  dtheta = sum_n dangle_n (2 pi n / N) f (1 - f),  dgamma = dg sqrt(1/N).
 // One thread owns one order of one channel; the ORDERS neighbouring lanes of a channel add up dtheta by shuffles.
+constexpr int kWarpsOfChannel = 1;
 #include "cema.cuh"
 
 struct Params {

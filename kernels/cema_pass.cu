@@ -6,20 +6,23 @@
 // where l is the conjugate of the state's gradient and the blocks are walked from the last one to the first.
 //
 // A thread block owns CHANNELS channels, one warp each, and walks their tiles of 16 blocks in order of time for some
-// batch rows and one segment. For a tile, all threads bring the steps to shared memory (cema_staging.cuh); then each
-// warp works on its own channel alone, in place; then all threads carry the result away. Two barriers a tile part the
-// three. The next tile's loads are under way in registers meanwhile.
+// batch rows and one segment. All threads move tiles between device and shared memory (cema_staging.cuh); each warp works
+// on its own channel of a tile alone, in place. Two tiles' buffers alternate: between two barriers the block brings in
+// tile i + 1, carries off tile i - 1 and works on tile i; half of the warps do the moving first and half the work, so that
+// both go on at once. The loads of tile i + 2 are then under way in registers.
 //
 // In a warp, the rows of the matrix products are the 16 blocks: rows g and g + 8 (g = lane / 4) hold blocks 2g and
 // 2g + 1 in walking order. A lane holds the states of orders 4 j + lane % 4 of its two blocks, real and imaginary part
 // side by side in an accumulator, so the scan over blocks is arithmetic on registers with three shuffles up, and the
 // states' bfloat16 terms are at once the left operand of the product with the out table.
 //
-// Precision: tables and states are split into TERMS bfloat16 terms, sums are float32. The state that is carried from
-// tile to tile is a Real (float64 for float32 activations) and decays by A^16, which was made in float64.
+// Precision: tables and states are split into TERMS bfloat16 terms, sums are float32. For bfloat16 activations the carried
+// state joins the first block's and goes through the scan. For float32 ones it is a float64 number beside the scan and
+// decays by A^16, made in float64, so that a slow decay does not gather the rounding of every tile.
 constexpr int kBlocks = 16;
 constexpr int kBlockWords = BLOCK / 2 + 2;  // 2 kBlockWords is 4 modulo 32 or 20: even blocks lie in different banks
 constexpr int kPlaneWords = kBlocks * kBlockWords;
+constexpr int kWarpsOfChannel = 1;
 #include "cema.cuh"
 constexpr int kChannelWords = kPlanes * kPlaneWords + 2;
 __device__ __forceinline__ int word_of_block(int block) { return block * kBlockWords; }
@@ -28,11 +31,11 @@ __device__ __forceinline__ int word_of_block(int block) { return block * kBlockW
 struct Params {
   const char* x;
   char* y;                            // null: only the state is wanted
-  const Complex<Real>* coefficients;  // (D, ORDERS, kSlots)
+  const Complex<Real>* coefficients;  // (D, kSlots, ORDERS)
   const Real* lags;                   // (D, T)
   const Complex<float>* state_in;     // (B, D, N), null is zero
   Complex<float>* state_out;          // (B, D, N), null if not wanted
-  Complex<float>* boundaries;         // (groups, B, D, N): the state that enters each group of tiles, null if not wanted
+  Complex<float>* boundaries;         // (groups - 1, B, D, N): the states between groups of tiles; null if not wanted
   Complex<float>* summaries;          // (segments, B, D, N): what each segment leaves of a zero state
   long long x_row, y_row;             // elements from one batch row to the next
   long long length;                   // steps, a multiple of T
@@ -54,56 +57,59 @@ struct alignas(TERMS == 2 ? 16 : 8) OutEntry {
 };
 
 // Powers that the scan needs, of one order.
-struct alignas(16) ScanPowers {
-  Complex<float> a1, a2, a4, a8;
+struct alignas(kFloat32 ? 16 : 8) ScanPowers {
+  Complex<float> a1;
+#if TERMS == 3
+  Complex<float> a2, a4, a8;
   Complex<float> lanes[8];  // A^(2 g)
   Complex<Real> a16;
+#endif
 };
 
-// Shared memory: the tile, the scan's powers, and the out table if registers are short of room.
-constexpr int kTileBytes = (CHANNELS * kChannelWords * 4 + 15) / 16 * 16;
+// Shared memory: two tiles, the scan's powers, and the out table if registers are short of room.
+constexpr int kTileWords = (CHANNELS * kChannelWords + 3) / 4 * 4;
 constexpr int kScanBytes = CHANNELS * ORDERS * sizeof(ScanPowers);
 
-__device__ __forceinline__ Complex<Real> in_entry(const Complex<Real>* c, int step) {
-  int exponent = REVERSE ? step + 1 : BLOCK - 1 - step;
-  int r = exponent % 8, m = exponent / 8;
-  return c[REVERSE ? kG : kP] * power(c, m == BLOCK / 8 ? m - 1 : m, m == BLOCK / 8 ? 8 : r);
-}
-
-__device__ __forceinline__ Complex<Real> out_entry(const Complex<Real>* c, int step) {
-  int exponent = REVERSE ? BLOCK - 1 - step : step + 1;
-  int r = exponent % 8, m = exponent / 8;
-  return c[REVERSE ? kP : kG] * power(c, m == BLOCK / 8 ? m - 1 : m, m == BLOCK / 8 ? 8 : r);
-}
+// A tile of the walk: batch row and number in the row, in walking order.
+struct Cursor {
+  int row, walked;
+  __device__ __forceinline__ void advance(int tiles) {
+    if (++walked == tiles) {
+      walked = 0;
+      ++row;
+    }
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid_constant__ Params p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int first_channel = blockIdx.x * CHANNELS, channels = min(CHANNELS, p.dim - first_channel);
-  const int channel = first_channel + warp;
+  const int channel = first_channel + warp, known = min(channel, p.dim - 1);
   const bool real = channel < p.dim;  // the other warps work on zeros
-  unsigned* tile = reinterpret_cast<unsigned*>(shared_memory());
-  ScanPowers* scan = reinterpret_cast<ScanPowers*>(shared_memory() + kTileBytes) + warp * ORDERS;
-  const Complex<Real>* coefficients =
-      p.coefficients + static_cast<long long>(real ? channel : p.dim - 1) * ORDERS * kSlots;
+  unsigned* buffers = reinterpret_cast<unsigned*>(shared_memory());
+  unsigned char* after_buffers = shared_memory() + 2 * 4 * kTileWords;
+  ScanPowers* scan = reinterpret_cast<ScanPowers*>(after_buffers) + warp * ORDERS;
 
   // The tables, as right operands: rows are steps (in) or states (out, where Re and -Im of an order are neighbours).
   unsigned in_low[kTimeSteps][kStateTiles][TERMS], in_high[kTimeSteps][kStateTiles][TERMS];
 #pragma unroll
   for (int j = 0; j < kStateTiles; ++j) {
-    const Complex<Real>* z = coefficients + (4 * j + g / 2) * kSlots;
+    const Coefficients z(p.coefficients, known, 4 * j + g / 2);
 #pragma unroll
     for (int k = 0; k < kTimeSteps; ++k) {
-      Complex<Real> e[4] = {in_entry(z, 16 * k + 2 * c), in_entry(z, 16 * k + 2 * c + 1),
-                            in_entry(z, 16 * k + 2 * c + 8), in_entry(z, 16 * k + 2 * c + 9)};
+      const int first = 16 * k + 2 * c, steps[4] = {first, first + 1, first + 8, first + 9};
       float v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = static_cast<float>(g % 2 ? e[i].im : e[i].re);
+      for (int i = 0; i < 4; ++i) {
+        const Complex<Real> e = REVERSE ? z.output(steps[i]) : z.input(steps[i]);
+        v[i] = static_cast<float>(g % 2 ? e.im : e.re);
+      }
       split<TERMS>(v[0], v[1], in_low[k][j]);
       split<TERMS>(v[2], v[3], in_high[k][j]);
     }
   }
 #if OUT_SHARED
-  OutEntry* out_table = reinterpret_cast<OutEntry*>(shared_memory() + kTileBytes + kScanBytes) + warp * kOutEntries * 32;
+  OutEntry* out_table = reinterpret_cast<OutEntry*>(after_buffers + kScanBytes) + warp * kOutEntries * 32;
 #else
   OutEntry out_table[kOutEntries];
 #endif
@@ -111,8 +117,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
   for (int k = 0; k < kStateSteps; ++k) {
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) {
-      const Complex<Real>* z = coefficients + (8 * k + c) * kSlots;
-      Complex<Real> low = out_entry(z, 8 * j + g), high = out_entry(z + 4 * kSlots, 8 * j + g);
+      const Coefficients z0(p.coefficients, known, 8 * k + c), z1(p.coefficients, known, 8 * k + 4 + c);
+      const int step = 8 * j + g;
+      const Complex<Real> low = REVERSE ? z0.input(step) : z0.output(step);
+      const Complex<Real> high = REVERSE ? z1.input(step) : z1.output(step);
       OutEntry e;
       split<TERMS>(static_cast<float>(low.re), -static_cast<float>(low.im), e.b0);
       split<TERMS>(static_cast<float>(high.re), -static_cast<float>(high.im), e.b1);
@@ -123,22 +131,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
 #endif
     }
   }
-  // A Toeplitz matrix has few different 8 x 8 pieces: one for each distance of 8 steps.
-  unsigned toeplitz[kOutTiles][TERMS];
+  // A Toeplitz matrix has few different 8 x 8 pieces: one for each distance of 8 steps, and the zero beside them.
+  unsigned toeplitz[kOutTiles + 1][TERMS] = {};
 #pragma unroll
   for (int distance = 0; distance < kOutTiles; ++distance) {
     float v[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       int lag = 8 * distance + (REVERSE ? 2 * c + e - g : g - 2 * c - e);
-      v[e] = lag >= 0 ? static_cast<float>(p.lags[static_cast<long long>(real ? channel : p.dim - 1) * BLOCK + lag]) : 0.0f;
+      v[e] = lag >= 0 ? static_cast<float>(p.lags[static_cast<long long>(known) * BLOCK + lag]) : 0.0f;
     }
     split<TERMS>(v[0], v[1], toeplitz[distance]);
   }
   for (int n = lane; n < ORDERS; n += 32) {
-    const Complex<Real>* z = coefficients + n * kSlots;
+    const Coefficients z(p.coefficients, known, n);
     ScanPowers s;
     s.a1 = convert<float>(z[kA]);
+#if TERMS == 3
     s.a2 = convert<float>(z[kA2]);
     s.a4 = convert<float>(z[kA4]);
     s.a8 = convert<float>(z[kA8]);
@@ -152,72 +161,112 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
       if (i & 4) w = w * z[kA8];
       s.lanes[i] = convert<float>(w);
     }
+#endif
     scan[n] = s;
   }
   sync_warp();
 
   const int all_tiles = static_cast<int>((p.length + kTile - 1) / kTile);
-  const int segment = blockIdx.z;                                                 // in walking order
-  const int first_tile = segment * p.segment_tiles;                               // also in walking order
+  const int segment = blockIdx.z;                    // in walking order
+  const int first_tile = segment * p.segment_tiles;  // also in walking order
   const int tiles = min(p.segment_tiles, all_tiles - first_tile);
-  const int first_row = blockIdx.y * p.rows, rows = min(p.rows, p.batch - first_row);
+  const int first_row = blockIdx.y * p.rows, rows = min(p.rows, p.batch - first_row), total = rows * tiles;
   const long long states_of_row = static_cast<long long>(p.dim) * p.order;
-  unsigned* words = tile + warp * kChannelWords;
+  const long long state_at = static_cast<long long>(known) * p.order + c;  // in a row: of order c, then 4 + c ...
   const int block0 = REVERSE ? 15 - 2 * g : 2 * g, block1 = REVERSE ? 14 - 2 * g : 2 * g + 1;
-
-  Move moves[kMoves];
-  Complex<Real> carry[kStateTiles];
   const long long bytes = kFloat32 ? 4 : 2;
   // Where a tile of the walk lies in time.
   auto place = [&](int walked) { return REVERSE ? all_tiles - 1 - (first_tile + walked) : first_tile + walked; };
-  fetch(moves, p.x + (first_row * p.x_row + first_channel) * bytes, static_cast<long long>(place(0)) * kTile, p.length,
-        p.dim, channels);
+  auto steps_of = [&](int walked) {
+    return static_cast<int>(min(static_cast<long long>(kTile), p.length - static_cast<long long>(place(walked)) * kTile));
+  };
+  Move moves[kMoves];
+  auto fetch_tile = [&](const Cursor& at) {
+    const char* from =
+        p.x + (at.row * p.x_row + static_cast<long long>(place(at.walked)) * kTile * p.dim + first_channel) * bytes;
+    fetch(moves, from, steps_of(at.walked), p.dim, channels);
+  };
+  auto store_tile = [&](const Cursor& at, const unsigned* words) {
+    char* to = p.y + (at.row * p.y_row + static_cast<long long>(place(at.walked)) * kTile * p.dim + first_channel) * bytes;
+    store(words, to, steps_of(at.walked), p.dim, channels);
+  };
 
-  for (int row = first_row; row < first_row + rows; ++row) {
+  // The states: every lane holds orders c, 4 + c ... For bfloat16 activations only lanes with g = 0 hold the carried one.
+  const bool holds = kFloat32 || g == 0;
+  Complex<Real> carry[kStateTiles];
+  auto start_row = [&](int row) {
 #pragma unroll
     for (int j = 0; j < kStateTiles; ++j) {
-      int n = 4 * j + c;
-      bool there = real && n < p.order;
-      long long at = row * states_of_row + static_cast<long long>(channel) * p.order + n;
+      const bool there = holds && real && 4 * j + c < p.order;
+      const long long at = row * states_of_row + state_at + 4 * j;
       Complex<float> h = {0, 0};
       if (there && p.summaries && segment > 0 && p.y) {
-        // The first segment's summary is its whole outgoing state. Every segment on the way here but that one has the
-        // same length, in either direction.
-        const long long stride = static_cast<long long>(p.batch) * states_of_row;
-        Complex<Real> total = convert<Real>(p.summaries[at]);
-        for (int s = 1; s < segment; ++s)
-          total = multiply_add(coefficients[n * kSlots + kSegment], total, convert<Real>(p.summaries[s * stride + at]));
-        h = convert<float>(total);
+        // The first segment's summary is its whole outgoing state. Every segment from there to here has the same length,
+        // in either direction.
+        const long long stride = p.batch * states_of_row;
+        Complex<Real> sum = convert<Real>(p.summaries[at]);
+        const Complex<Real> decay = Coefficients(p.coefficients, known, 4 * j + c)[kSegment];
+#pragma unroll 1
+        for (int s = 1; s < segment; ++s) sum = multiply_add(decay, sum, convert<Real>(p.summaries[s * stride + at]));
+        h = convert<float>(sum);
       } else if (there && p.state_in && segment == 0) {
         h = p.state_in[at];
         if (REVERSE) h.im = -h.im;
       }
       carry[j] = convert<Real>(h);
     }
-    for (int walked = 0; walked < tiles; ++walked) {
-      const int here = place(walked);
-      const long long start = static_cast<long long>(here) * kTile;
-      const int blocks = static_cast<int>(min(static_cast<long long>(kBlocks), (p.length - start) / BLOCK));
-      to_shared(moves, tile);
-      {
-        bool more = walked + 1 < tiles;
-        int next_row = more ? row : row + 1;
-        if (next_row < first_row + rows)
-          fetch(moves, p.x + (next_row * p.x_row + first_channel) * bytes,
-                static_cast<long long>(place(more ? walked + 1 : 0)) * kTile, p.length, p.dim, channels);
-      }
-      sync_block();
-
-      if (p.boundaries && (REVERSE ? (here % kTilesPerGroup == kTilesPerGroup - 1 || here == all_tiles - 1)
-                                   : here % kTilesPerGroup == 0)) {
+  };
+  auto finish_row = [&](int row) {
+    Complex<float>* to = p.y ? (segment == p.segments - 1 ? p.state_out : nullptr) : p.summaries;
+    if (!to || g != 0 || !real) return;
+    to += ((p.y ? 0 : segment * static_cast<long long>(p.batch)) + row) * states_of_row + state_at;
 #pragma unroll
-        for (int j = 0; j < kStateTiles; ++j) {
-          int n = 4 * j + c;
-          if (g == 0 && real && n < p.order)
-            p.boundaries[(static_cast<long long>(here / kTilesPerGroup) * p.batch + row) * states_of_row +
-                         static_cast<long long>(channel) * p.order + n] = convert<float>(carry[j]);
+    for (int j = 0; j < kStateTiles; ++j) {
+      Complex<float> h = convert<float>(carry[j]);
+      if (REVERSE && p.y) h.im = -h.im;
+      if (4 * j + c < p.order) to[4 * j] = h;
+    }
+  };
+  auto keep_states = [&](int row, int edge) {
+    if (g != 0 || !real) return;
+    Complex<float>* to = p.boundaries + (static_cast<long long>(edge) * p.batch + row) * states_of_row + state_at;
+#pragma unroll
+    for (int j = 0; j < kStateTiles; ++j)
+      if (4 * j + c < p.order) to[4 * j] = convert<float>(carry[j]);
+  };
+
+  Cursor coming = {first_row, 0}, current = coming, leaving = coming;
+  fetch_tile(coming);
+  to_shared(moves, buffers);
+  coming.advance(tiles);
+  if (total > 1) fetch_tile(coming);
+  for (int i = 0; i <= total; ++i) {
+    sync_block();  // tile i is in shared memory, and so are the results of tile i - 1
+    unsigned* buffer = buffers + i % 2 * kTileWords;
+    unsigned* other = buffers + (i + 1) % 2 * kTileWords;
+#pragma unroll 1
+    for (int phase = 0; phase < 2; ++phase) {
+      if (phase == warp % 2) {
+        // A thread writes the words that it has just read, so the buffer passes from one tile to the next without a
+        // barrier.
+        if (i > 0) {
+          if (p.y) store_tile(leaving, other);
+          leaving.advance(tiles);
         }
+        if (i + 1 < total) {
+          to_shared(moves, other);
+          coming.advance(tiles);
+          if (i + 2 < total) fetch_tile(coming);
+        }
+        continue;
       }
+      if (i == total) continue;
+      const int here = place(current.walked), blocks = steps_of(current.walked) / BLOCK;
+      unsigned* words = buffer + warp * kChannelWords;
+      if (current.walked == 0) start_row(current.row);
+      const int later = REVERSE ? here + 1 : here;  // the first tile after the edge that the walk stands at
+      if (p.boundaries && later % kTilesPerGroup == 0 && later > 0 && later < all_tiles)
+        keep_states(current.row, later / kTilesPerGroup - 1);
 
       unsigned x[kTimeSteps][kPlanes][4];
 #pragma unroll
@@ -236,38 +285,41 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
       float u[kStateTiles][4];
 #pragma unroll
       for (int j = 0; j < kStateTiles; ++j) {
-        u[j][0] = u[j][1] = u[j][2] = u[j][3] = 0;
+        mma_terms<true>(u[j], x[0], in_low[0][j], in_high[0][j]);
 #pragma unroll
-        for (int k = 0; k < kTimeSteps; ++k) mma_terms<kPlanes, TERMS>(u[j], x[k], in_low[k][j], in_high[k][j]);
+        for (int k = 1; k < kTimeSteps; ++k) mma_terms<false>(u[j], x[k], in_low[k][j], in_high[k][j]);
       }
 
       float y[kOutTiles][4];
 #pragma unroll
       for (int j = 0; j < kOutTiles; ++j) {
-        y[j][0] = y[j][1] = y[j][2] = y[j][3] = 0;
-        const unsigned none[TERMS] = {};
+        bool fresh = true;
 #pragma unroll
         for (int k = 0; k < kTimeSteps; ++k) {
-          int low = REVERSE ? 2 * k - j : j - 2 * k, high = REVERSE ? low + 1 : low - 1;
-          if (low >= 0 && high >= 0)
-            mma_terms<kPlanes, TERMS>(y[j], x[k], toeplitz[low], toeplitz[high]);
-          else if (low >= 0)
-            mma_terms<kPlanes, TERMS>(y[j], x[k], toeplitz[low], none);
-          else if (high >= 0)
-            mma_terms<kPlanes, TERMS>(y[j], x[k], none, toeplitz[high]);
+          const int low = REVERSE ? 2 * k - j : j - 2 * k, high = REVERSE ? low + 1 : low - 1;
+          if (low < 0 && high < 0) continue;
+          const unsigned(&b0)[TERMS] = toeplitz[low >= 0 ? low : kOutTiles];
+          const unsigned(&b1)[TERMS] = toeplitz[high >= 0 ? high : kOutTiles];
+          if (fresh)
+            mma_terms<true>(y[j], x[k], b0, b1);
+          else
+            mma_terms<false>(y[j], x[k], b0, b1);
+          fresh = false;
         }
       }
 
-      // The scan. Blocks that the sequence does not have stand at the end of the tile: in the walk of REVERSE they come
-      // first, and the last of them hands on what was carried.
+      // Blocks that the sequence does not have stand at the end of the tile: in the walk of REVERSE they come first, and
+      // the last of them hands on what was carried.
       const int missing = kBlocks - blocks;
       if (REVERSE && missing > 0) {
 #pragma unroll
         for (int j = 0; j < kStateTiles; ++j) {
+          const Complex<float> carried = {shuffle(static_cast<float>(carry[j].re), c),
+                                          shuffle(static_cast<float>(carry[j].im), c)};
           if (g == (missing - 1) / 2) {
-            int i = 2 * ((missing - 1) % 2);
-            (i ? u[j][2] : u[j][0]) = static_cast<float>(carry[j].re);
-            (i ? u[j][3] : u[j][1]) = static_cast<float>(carry[j].im);
+            const bool odd = (missing - 1) % 2;
+            (odd ? u[j][2] : u[j][0]) = carried.re;
+            (odd ? u[j][3] : u[j][1]) = carried.im;
           }
           carry[j] = {0, 0};
         }
@@ -276,27 +328,40 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
 #pragma unroll
       for (int j = 0; j < kStateTiles; ++j) {
         const ScanPowers& s = scan[4 * j + c];
-        const Complex<float> a1 = s.a1, first = {u[j][0], u[j][1]}, second = {u[j][2], u[j][3]};
+        const Complex<float> a1 = s.a1, second = {u[j][2], u[j][3]};
+        Complex<float> first = {u[j][0], u[j][1]}, steps[3], h0, h1;
+#if TERMS == 3
+        steps[0] = s.a2, steps[1] = s.a4, steps[2] = s.a8;
+#else
+        first = multiply_add(a1, carry[j], first);
+        steps[0] = a1 * a1, steps[1] = steps[0] * steps[0], steps[2] = steps[1] * steps[1];
+#endif
         Complex<float> sum = multiply_add(a1, first, second);
-        const Complex<float> steps[3] = {s.a2, s.a4, s.a8};
 #pragma unroll
-        for (int i = 0; i < 3; ++i) {
-          Complex<float> before = {shuffle_up(sum.re, 4 << i), shuffle_up(sum.im, 4 << i)};
-          Complex<float> joined = multiply_add(steps[i], before, sum);
-          if (g >= 1 << i) sum = joined;
+        for (int k = 0; k < 3; ++k) {
+          const Complex<float> before = {shuffle_up(sum.re, 4 << k), shuffle_up(sum.im, 4 << k)};
+          const Complex<float> joined = multiply_add(steps[k], before, sum);
+          if (g >= 1 << k) sum = joined;
         }
-        Complex<float> before = {shuffle_up(sum.re, 4), shuffle_up(sum.im, 4)};
-        if (g == 0) before = {0, 0};
-        const Complex<float> total = {shuffle(sum.re, 28 + c), shuffle(sum.im, 28 + c)};
-        const Complex<float> carried = convert<float>(carry[j]);
-        const Complex<float> h0 = multiply_add(s.lanes[g], carried, before);
-        const Complex<float> h1 = multiply_add(a1, h0, first);
-        if (!REVERSE && blocks < kBlocks) {
-          int from = 4 * (blocks / 2) + c;
-          carry[j] = convert<Real>(blocks % 2 ? Complex<float>{shuffle(h1.re, from), shuffle(h1.im, from)}
-                                              : Complex<float>{shuffle(h0.re, from), shuffle(h0.im, from)});
-        } else {
-          carry[j] = multiply_add(s.a16, carry[j], convert<Real>(total));
+        // From the lanes one g before; g = 0 gets what the whole tile leaves.
+        const Complex<float> turned = {shuffle(sum.re, (lane + 28) % 32), shuffle(sum.im, (lane + 28) % 32)};
+        const Complex<float> before = g == 0 ? Complex<float>{0, 0} : turned;
+        h1 = multiply_add(a1, before, first);
+#if TERMS == 3
+        const Complex<float> left = multiply_add(s.lanes[g], convert<float>(carry[j]), Complex<float>{0, 0});
+        h0 = {before.re + left.re, before.im + left.im};
+        h1 = multiply_add(a1, left, h1);
+        const Complex<float> whole = {shuffle(turned.re, c), shuffle(turned.im, c)};
+        carry[j] = multiply_add(s.a16, carry[j], convert<Real>(whole));
+#else
+        h0 = {before.re + carry[j].re, before.im + carry[j].im};
+        carry[j] = g == 0 ? turned : Complex<float>{0, 0};
+#endif
+        if (!REVERSE && missing > 0) {
+          const int from = 4 * (blocks / 2) + c;
+          const Complex<float> even = {shuffle(h0.re, from), shuffle(h0.im, from)};
+          const Complex<float> odd = {shuffle(h1.re, from), shuffle(h1.im, from)};
+          if (holds) carry[j] = convert<Real>(blocks % 2 ? odd : even);
         }
         unsigned even[TERMS], odd[TERMS];
         split<TERMS>(h0.re, h0.im, even);
@@ -317,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
 #else
             const OutEntry& e = out_table[k * kOutTiles + j];
 #endif
-            mma_terms<TERMS, TERMS>(y[j], states[k], e.b0, e.b1);
+            mma_terms<false>(y[j], states[k], e.b0, e.b1);
           }
         }
 #pragma unroll
@@ -335,20 +400,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
           }
         }
       }
-      sync_block();
-      if (p.y) store(tile, p.y + (row * p.y_row + first_channel) * bytes, start, p.length, p.dim, channels);
-    }
-    const bool last = segment == p.segments - 1;
-    Complex<float>* to = p.y ? (last ? p.state_out : nullptr) : p.summaries;
-    if (to && g == 0 && real) {
-      const long long at = (p.y ? 0 : segment * static_cast<long long>(p.batch) * states_of_row) + row * states_of_row +
-                           static_cast<long long>(channel) * p.order;
-#pragma unroll
-      for (int j = 0; j < kStateTiles; ++j) {
-        Complex<float> h = convert<float>(carry[j]);
-        if (REVERSE && p.y) h.im = -h.im;
-        if (4 * j + c < p.order) to[at + 4 * j + c] = h;
-      }
+      if (current.walked == tiles - 1) finish_row(current.row);
+      current.advance(tiles);
     }
   }
 }

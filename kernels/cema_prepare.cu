@@ -5,6 +5,7 @@
 //
 // One thread owns one order of one channel; the ORDERS neighbouring lanes of a channel add up k_l by shuffles. All in
 // float64: the phase of q^t is what a float32 power loses first. Orders beyond N get p = q = g = 0 and add nothing.
+constexpr int kWarpsOfChannel = 1;
 #include "cema.cuh"
 
 struct Params {
@@ -13,7 +14,7 @@ struct Params {
   const float* theta;          // (D)
   const float* gamma;          // (D, N, 2)
   const float* omega;          // (D)
-  Complex<Real>* coefficients;  // (D, ORDERS, kSlots)
+  Complex<Real>* coefficients;  // (D, kSlots, ORDERS)
   Real* lags;                  // (D, T)
   long long segment;           // steps of a segment
   int dim;
@@ -50,24 +51,25 @@ extern "C" __global__ void __launch_bounds__(256) cema_prepare(const __grid_cons
   Complex<double> a1 = BLOCK == 16 ? q16 : q16 * q16;
   Complex<double> a2 = a1 * a1, a4 = a2 * a2, a8 = a4 * a4;
   if (channel < p.dim) {
-    Complex<Real>* c = p.coefficients + (static_cast<long long>(channel) * ORDERS + n) * kSlots;
-    c[kP] = convert<Real>(in);
-    c[kG] = convert<Real>(g);
+    Complex<Real>* c = p.coefficients + static_cast<long long>(channel) * kSlots * ORDERS + n;
+    c[(kP) * ORDERS] = convert<Real>(in);
+    c[(kG) * ORDERS] = convert<Real>(g);
 #pragma unroll
-    for (int r = 0; r <= 8; ++r) c[kPower + r] = convert<Real>(powers[r]);
-    c[kPower16] = convert<Real>(q16);
-    c[kPower24] = convert<Real>(q24);
-    c[kA] = convert<Real>(a1);
-    c[kA2] = convert<Real>(a2);
-    c[kA4] = convert<Real>(a4);
-    c[kA8] = convert<Real>(a8);
-    c[kA16] = convert<Real>(a8 * a8);
+    for (int r = 0; r <= 8; ++r) c[(kPower + r) * ORDERS] = convert<Real>(powers[r]);
+    c[(kPower16) * ORDERS] = convert<Real>(q16);
+    c[(kPower24) * ORDERS] = convert<Real>(q24);
+    c[(kA) * ORDERS] = convert<Real>(a1);
+    c[(kA2) * ORDERS] = convert<Real>(a2);
+    c[(kA4) * ORDERS] = convert<Real>(a4);
+    c[(kA8) * ORDERS] = convert<Real>(a8);
+    c[(kA16) * ORDERS] = convert<Real>(a8 * a8);
     // A product of two float64 numbers, so the phase is right to 1e-16 of the turns made, also after 2^20 steps.
     double steps = static_cast<double>(p.segment), magnitude = real ? exp(log_decay * steps) : 0.0, s, co;
     sincospi(turn * steps, &s, &co);
-    c[kSegment] = {static_cast<Real>(magnitude * co), static_cast<Real>(magnitude * s)};
+    c[(kSegment) * ORDERS] = {static_cast<Real>(magnitude * co), static_cast<Real>(magnitude * s)};
   }
   Complex<double> term = in * g;
+#pragma unroll 8
   for (int lag = 0; lag < BLOCK; ++lag) {
     double sum = term.re;
 #pragma unroll

@@ -3,13 +3,14 @@
 // One thread owns one order of one channel and takes the steps one by one, as the definition does; the ORDERS
 // neighbouring lanes of a channel add up the output by shuffles. The forward pass has a thread for each batch row; the
 // backward pass walks the batch rows in order, so that its sums over them have one order, and makes the states again.
+constexpr int kWarpsOfChannel = 1;
 #include "cema.cuh"
 
 struct Params {
   const char* x;
   const char* dy;                        // backward only
   char* y;                               // y, or dx
-  const Complex<Real>* coefficients;     // (D, ORDERS, kSlots)
+  const Complex<Real>* coefficients;     // (D, kSlots, ORDERS)
   const float* omega;                    // (D)
   const Complex<float>* state_in;        // (B, D, N), null is zero
   const Complex<float>* state_grad_in;   // (B, D, N): gradient of the state that leaves, null is zero; backward only
@@ -43,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(256) cema_short(const __grid_consta
   const int index = blockIdx.x * 256 + threadIdx.x;
   const int channel = min(index / ORDERS, p.dim - 1), n = index % ORDERS;
   const bool real = index / ORDERS < p.dim, there = real && n < p.order;
-  const Complex<Real>* z = p.coefficients + (static_cast<long long>(channel) * ORDERS + n) * kSlots;
+  const Coefficients z(p.coefficients, channel, n);
   const Complex<Real> in = z[kP], out = z[kG], q = z[kPower + 1];
   const float omega = p.omega[channel];
   auto state_at = [&](int row) { return (static_cast<long long>(row) * p.dim + channel) * p.order + n; };

@@ -18,11 +18,9 @@ struct Move {
   unsigned early[kRowWords], late[kRowWords];  // 8 channels at step 2 i and at step 2 i + 1
 };
 
-__device__ __forceinline__ int octet_of(int thread) { return (thread / 16) % (CHANNELS / 8); }
-__device__ __forceinline__ int pair_of(int thread, int move) {
-  int lane16 = thread % 16, rest = thread / 16 / (CHANNELS / 8);
-  return lane16 + 16 * (rest + move * (kThreads / 16 / (CHANNELS / 8)));
-}
+// Neighbouring lanes take neighbouring 16 bytes of a row, so that the memory pipe serves them at once.
+__device__ __forceinline__ int octet_of(int thread) { return thread % (CHANNELS / 8); }
+__device__ __forceinline__ int pair_of(int thread, int move) { return (thread + move * kThreads) / (CHANNELS / 8); }
 
 template <typename T>
 __device__ __forceinline__ void read_row(unsigned (&row)[kRowWords], const T* from, int channels) {
@@ -65,19 +63,18 @@ __device__ __forceinline__ void write_row(const unsigned (&row)[kRowWords], T* t
   }
 }
 
-// The tile's first step is `start`; steps from `length` on and channels from `dim` on are zero. `row` points at step 0
-// and at the first channel of the block.
-__device__ __forceinline__ void fetch(Move (&moves)[kMoves], const char* row, long long start, long long length, int dim,
-                                      int channels) {
-  int first = 8 * octet_of(threadIdx.x), count = channels - first;
+// `tile` points at the tile's first step and at the first channel of the block. The tile has `steps` steps and the block
+// `channels` channels; what is missing is zero.
+__device__ __forceinline__ void fetch(Move (&moves)[kMoves], const char* tile, int steps, int dim, int channels) {
+  const int first = 8 * octet_of(threadIdx.x), count = channels - first;
+  const unsigned step_bytes = dim * (kFloat32 ? 4u : 2u);
 #pragma unroll
   for (int i = 0; i < kMoves; ++i) {
-    int pair = pair_of(threadIdx.x, i);
-    long long step = start + 2 * pair;
-    if ((kEveryThreadMoves || pair < kPairs) && step < length && count > 0) {
-      const char* at = row + (step * dim + first) * (kFloat32 ? 4 : 2);
+    const int pair = pair_of(threadIdx.x, i);
+    if ((kEveryThreadMoves || pair < kPairs) && 2 * pair < steps && count > 0) {
+      const char* at = tile + (2u * pair * step_bytes + first * (kFloat32 ? 4 : 2));
       read_row(moves[i].early, at, count);
-      read_row(moves[i].late, at + static_cast<long long>(dim) * (kFloat32 ? 4 : 2), count);
+      read_row(moves[i].late, at + step_bytes, count);
     } else {
 #pragma unroll
       for (int w = 0; w < kRowWords; ++w) moves[i].early[w] = moves[i].late[w] = 0;
@@ -112,15 +109,14 @@ __device__ __forceinline__ void to_shared(const Move (&moves)[kMoves], unsigned*
 
 // The counterpart of fetch and to_shared: every thread reads the words that it wrote, so no barrier stands between a
 // tile's way out and the next one's way in.
-__device__ __forceinline__ void store(const unsigned* tile, char* row, long long start, long long length, int dim,
-                                      int channels) {
-  int first = 8 * octet_of(threadIdx.x), count = channels - first;
+__device__ __forceinline__ void store(const unsigned* words, char* tile, int steps, int dim, int channels) {
+  const int first = 8 * octet_of(threadIdx.x), count = channels - first;
+  const unsigned step_bytes = dim * (kFloat32 ? 4u : 2u);
 #pragma unroll
   for (int i = 0; i < kMoves; ++i) {
-    int pair = pair_of(threadIdx.x, i);
-    long long step = start + 2 * pair;
-    if ((!kEveryThreadMoves && pair >= kPairs) || step >= length || count <= 0) continue;
-    const unsigned* word = tile + first * kChannelWords + word_of_block(pair / (BLOCK / 2)) + pair % (BLOCK / 2);
+    const int pair = pair_of(threadIdx.x, i);
+    if ((!kEveryThreadMoves && pair >= kPairs) || 2 * pair >= steps || count <= 0) continue;
+    const unsigned* word = words + first * kChannelWords + word_of_block(pair / (BLOCK / 2)) + pair % (BLOCK / 2);
     Move m;
     if (kFloat32) {
 #pragma unroll
@@ -136,8 +132,8 @@ __device__ __forceinline__ void store(const unsigned* tile, char* row, long long
         m.late[c] = __byte_perm(even, odd, 0x7632);
       }
     }
-    char* at = row + (step * dim + first) * (kFloat32 ? 4 : 2);
+    char* at = tile + (2u * pair * step_bytes + first * (kFloat32 ? 4 : 2));
     write_row(m.early, at, count);
-    write_row(m.late, at + static_cast<long long>(dim) * (kFloat32 ? 4 : 2), count);
+    write_row(m.late, at + step_bytes, count);
   }
 }

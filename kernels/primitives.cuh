@@ -25,6 +25,14 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with nothing to add to: d = a b.
+__device__ __forceinline__ void mma_bf16_first(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
 // Four 8 x 8 bfloat16 matrices, transposed on the way: lane l gives the address of row l % 8 (16 bytes, aligned) of
 // matrix l / 8 and receives, in r[i], elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of matrix i.
 __device__ __forceinline__ void load_transposed(unsigned (&r)[4], const unsigned* shared_row) {

@@ -13,7 +13,7 @@
 //
 // Macros: FEATURES of a group; ACTIVATION_BYTES 2 (bfloat16) or 4 (float32); VECTOR features a load; LANES, STEPS;
 // THREADS of a block and MIN_BLOCKS on a multiprocessor; KEEP 1 where a tile is held in registers, 0 where it is read
-// again (large groups; then a block is one warp).
+// again (large groups; then a block is one warp); MASKED 1 with a padding mask.
 #pragma once
 #include "primitives.cuh"
 
@@ -28,6 +28,14 @@ constexpr int WORDS = VECTOR_BYTES < 4 ? 1 : VECTOR_BYTES / 4;
 constexpr int PADDED = CHUNKS * LANES * VECTOR;  // features with those empty vectors
 constexpr int UNROLLED_CHUNKS = KEEP ? CHUNKS : 1;
 static_assert(STEPS <= LANES && FEATURES % VECTOR == 0 && THREADS % 32 == 0 && (KEEP || (STEPS == 1 && WARPS == 1)));
+
+// Blocks a multiprocessor must hold. From compute capability 10 on the compiler works on pairs of registers and needs
+// more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int RESIDENT = MIN_BLOCKS > 2 ? MIN_BLOCKS - 1 : MIN_BLOCKS;
+#else
+constexpr int RESIDENT = MIN_BLOCKS;
+#endif
 
 struct Vector {
   unsigned words[WORDS];
@@ -125,32 +133,47 @@ struct Place {
   __device__ __forceinline__ bool has(int chunk) const { return EVEN || feature(chunk) < FEATURES; }
 };
 
-// The steps of a team, of one tensor. `first` is the lane's first vector of the team's first step.
+// Where the steps of a team lie, in every tensor like x.
+struct Span {
+  long long offset;  // of the lane's first vector of the team's first step
+  int count;         // steps that exist
+  __device__ __forceinline__ bool has(const Place& place, int i, int chunk) const {
+    return i < count && place.has(chunk);
+  }
+  __device__ __forceinline__ long long at(int i, int chunk, long long step_bytes) const {
+    return offset + i * step_bytes + chunk * (LANES * VECTOR_BYTES);
+  }
+};
+
+// The numbers of a team's steps, of one tensor.
 struct Rows {
-  const unsigned char* first;
-  int count;  // steps that exist
   Vector kept[KEEP ? STEPS : 1][KEEP ? CHUNKS : 1];
 
-  __device__ __forceinline__ Vector read(const Place& place, int i, int chunk, long long step_bytes) const {
-    if (i < count && place.has(chunk)) return load_vector(first + i * step_bytes + chunk * (LANES * VECTOR_BYTES));
-    return no_vector();
+  static __device__ __forceinline__ Vector read(const unsigned char* tensor, const Span& span, const Place& place,
+                                                int i, int chunk, long long step_bytes) {
+    return span.has(place, i, chunk) ? load_vector(tensor + span.at(i, chunk, step_bytes)) : no_vector();
   }
-  __device__ __forceinline__ void start(const Place& place, const unsigned char* address, int steps,
-                                        long long step_bytes) {
-    first = address;
-    count = steps;
+  __device__ __forceinline__ void load(const unsigned char* tensor, const Span& span, const Place& place,
+                                       long long step_bytes) {
     if constexpr (KEEP) {
 #pragma unroll
       for (int i = 0; i < STEPS; i++)
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) kept[i][c] = read(place, i, c, step_bytes);
+        for (int c = 0; c < CHUNKS; c++) kept[i][c] = read(tensor, span, place, i, c, step_bytes);
     }
   }
-  __device__ __forceinline__ Vector get(const Place& place, int i, int chunk, long long step_bytes) const {
+  __device__ __forceinline__ Vector get(const unsigned char* tensor, const Span& span, const Place& place, int i,
+                                        int chunk, long long step_bytes) const {
     if constexpr (KEEP) return kept[i][chunk];
-    return read(place, i, chunk, step_bytes);
+    return read(tensor, span, place, i, chunk, step_bytes);
   }
 };
+
+// `value` where `mine`, else 0, added bit by bit to `chosen`: a choice among registers that stays one. (As a condition,
+// it becomes an array in local memory that is read at a variable index.)
+__device__ __forceinline__ void choose(float& chosen, bool mine, float value) {
+  chosen = __uint_as_float(__float_as_uint(chosen) | (__float_as_uint(value) & (mine ? 0xffffffffu : 0u)));
+}
 
 __device__ __forceinline__ float sum_team(float value) {
 #pragma unroll

@@ -1,4 +1,5 @@
-// TimestepNorm, backward: dx, the gradient of the carried mean and variance, and each block's share of dweight and dbias.
+// TimestepNorm, backward: dx, the gradient of the carried mean and variance, and each block's share of dweight and
+// dbias.
 //
 // Read timestep_norm.cuh first. Steps are counted from the end: u = length - 1 - t. With s = dy gain, xhat = (x - m) r:
 //   dm = -r sum s,  dv = -r^2/2 sum s xhat  over a step's features,
@@ -23,9 +24,9 @@ struct Params {
   const float* dvar_last;
   const long long* count;     // (B,)
   const float* mean;          // (B, G)
-  const unsigned char* mask;  // (B, L), 1 at padding; null: none
-  const int* steps;           // (B, L), unmasked steps up to and including each; null without a mask
-  const float* step_mean;     // (B, L, G)
+  const unsigned char* mask;  // (B, L), 1 at padding; only if MASKED
+  const int* steps;           // (B, L), unmasked steps up to and including each; only if MASKED
+  const float* step_mean;     // (B, L, G), in memory with the strides below
   const float* step_rstd;
   float* dmean;
   float* dvar;
@@ -33,10 +34,10 @@ struct Params {
   Sums* totals;     // (B * G, tiles)
   unsigned* flags;  // (B * G, tiles), zeros
   long long batch, length;
-  int groups, blocks;
+  int step_stride, group_stride, groups, blocks;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     timestep_norm_backward(const __grid_constant__ Params p) {
   const Place place;
   const Sequence at(p.groups, p.blocks);
@@ -48,20 +49,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   const long long offset = last * dim * ACTIVATION_BYTES + at.group * (FEATURES * ACTIVATION_BYTES);
   const float* weight = p.weight + static_cast<long long>(at.group) * FEATURES;
 
+  // The last step's place among the saved numbers.
+  const long long saved = at.row * p.length * p.groups + (p.length - 1) * p.step_stride +
+                          static_cast<long long>(at.group) * p.group_stride;
+
   constexpr int SLOTS = VECTOR * CHUNKS;
   Sums* shared_sums = reinterpret_cast<Sums*>(shared_memory());
-  double* parts = reinterpret_cast<double*>(shared_sums + OverTime::SHARED_SUMS);  // [2][SLOTS][THREADS]
-  float* shared_gain = reinterpret_cast<float*>(parts + 2 * SLOTS * THREADS);      // [PADDED]
+  Sums* parts = shared_sums + OverTime::SHARED_SUMS;                        // [SLOTS][THREADS], of dweight and dbias
+  float* shared_gain = reinterpret_cast<float*>(parts + SLOTS * THREADS);  // [PADDED]
   for (int f = threadIdx.x; f < PADDED; f += THREADS)
     shared_gain[f] = f < FEATURES ? weight[f] + 1.0f : 0.0f;
-  double* mine_of_weight = parts + threadIdx.x;
-  double* mine_of_bias = mine_of_weight + SLOTS * THREADS;
-  for (int i = 0; i < SLOTS; i++) mine_of_weight[i * THREADS] = mine_of_bias[i * THREADS] = 0;
+  Sums* of_thread = parts + threadIdx.x;
+  for (int i = 0; i < SLOTS; i++) of_thread[i * THREADS] = no_sums();
 
   // What the owner of a step (member i of a team) needs to know of it.
   struct Step {
     float mean, rstd;  // rstd -1 says masked
-    int counted;
+    int counted;       // only if MASKED
   };
   const auto load_step = [&](int u) {
     Step s;
@@ -70,30 +74,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     s.counted = 0;
     if (place.member < STEPS && u < length) {
       const long long i = last - u;
-      s.counted = p.steps ? p.steps[i] : length - u;
-      if (!(p.mask && p.mask[i])) {
-        s.mean = __ldg(p.step_mean + i * p.groups + at.group);
-        s.rstd = __ldg(p.step_rstd + i * p.groups + at.group);
+      s.counted = MASKED ? p.steps[i] : 0;
+      if (!(MASKED && p.mask[i])) {
+        const long long at_step = saved - static_cast<long long>(u) * p.step_stride;
+        s.mean = __ldg(p.step_mean + at_step);
+        s.rstd = __ldg(p.step_rstd + at_step);
       }
     }
     return s;
   };
   const auto team_start = [&](int tile) { return tile * TILE + place.first_step(); };
-  const auto load = [&](Rows& rows, const unsigned char* tensor, int tile) {
+  const auto span_of = [&](int tile) {
+    Span span;
     const int u = team_start(tile);
-    rows.start(place, tensor + offset + u * step_bytes + place.member * VECTOR_BYTES, length - u, step_bytes);
+    span.offset = offset + u * step_bytes + place.member * VECTOR_BYTES;
+    span.count = length - u;
+    return span;
   };
 
   Rows next_x, next_dy;
-  load(next_x, p.x, at.block);
-  load(next_dy, p.dy, at.block);
+  next_x.load(p.x, span_of(at.block), place, step_bytes);
+  next_dy.load(p.dy, span_of(at.block), place, step_bytes);
   Step next_step = load_step(team_start(at.block) + place.member);
 
   const long long count = p.count[at.row];
-  const bool touched = !p.steps || p.steps[last] > 0;  // a row of padding hands its state through
-  const double pivot = p.step_mean[last * p.groups + at.group];
-  const float dmean_last = p.dmean_last ? p.dmean_last[sequence] : 0.0f;
-  const float dvar_last = p.dvar_last ? p.dvar_last[sequence] : 0.0f;
+  // A row of padding hands its state through. (What is needed once is read when it is: registers are scarce.)
+  const auto touched = [&] { return !MASKED || p.steps[last] > 0; };
+  const auto at_last = [&](const float* gradient) { return gradient ? gradient[sequence] : 0.0f; };
+  const float pivot = p.step_mean[saved];
 
   OverTime time;
   time.totals = p.totals + sequence * tiles;
@@ -102,20 +110,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   time.shared = shared_sums;
   time.carry = no_sums();
   time.parity = 0;
-  if (touched) {  // the state after the last step, whose mean is the pivot
-    const double n = static_cast<double>(count + (p.steps ? p.steps[last] : length));
-    time.carry.first = dmean_last / n;
-    time.carry.second = dvar_last / n;
+  if (touched()) {  // the state after the last step, whose mean is the pivot
+    const double n = static_cast<double>(count + (MASKED ? p.steps[last] : length));
+    time.carry.first = at_last(p.dmean_last) / n;
+    time.carry.second = at_last(p.dvar_last) / n;
   }
 
   sync_block();
   for (int tile = at.block; tile < tiles; tile += p.blocks) {
     const Rows x = next_x, dy = next_dy;
     const Step step = next_step;
+    const Span span = span_of(tile);
     const int mine = team_start(tile) + place.member;
     if (tile + p.blocks < tiles) {
-      load(next_x, p.x, tile + p.blocks);
-      load(next_dy, p.dy, tile + p.blocks);
+      next_x.load(p.x, span_of(tile + p.blocks), place, step_bytes);
+      next_dy.load(p.dy, span_of(tile + p.blocks), place, step_bytes);
       next_step = load_step(team_start(tile + p.blocks) + place.member);
     }
     float means[STEPS], rstds[STEPS], sum[STEPS], product[STEPS];
@@ -126,8 +135,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       sum[i] = product[i] = 0;
     }
     // Padding may hold NaN; there both count as 0.
-    const auto unpack_valid = [&](const Rows& rows, int i, int chunk, float(&f)[VECTOR]) {
-      unpack(rstds[i] < 0 ? no_vector() : rows.get(place, i, chunk, step_bytes), f);
+    const auto unpack_valid = [&](const Rows& rows, const unsigned char* tensor, int i, int chunk, float(&f)[VECTOR]) {
+      unpack(MASKED && rstds[i] < 0 ? no_vector() : rows.get(tensor, span, place, i, chunk, step_bytes), f);
     };
 #pragma unroll UNROLLED_CHUNKS
     for (int c = 0; c < CHUNKS; c++) {
@@ -139,8 +148,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
         float fx[VECTOR], fdy[VECTOR];
-        unpack_valid(x, i, c, fx);
-        unpack_valid(dy, i, c, fdy);
+        unpack_valid(x, p.x, i, c, fx);
+        unpack_valid(dy, p.dy, i, c, fdy);
 #pragma unroll
         for (int e = 0; e < VECTOR; e++) {
           const float xhat = (fx[e] - means[i]) * rstds[i], s = fdy[e] * gain[e];
@@ -150,26 +159,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
           of_bias[e] += fdy[e];
         }
       }
+      // Nothing is exchanged: this keeps the compiler from loading what follows before there are registers for it.
+      sync_warp();
 #pragma unroll
       for (int e = 0; e < VECTOR; e++) {
-        mine_of_weight[(c * VECTOR + e) * THREADS] += of_weight[e];
-        mine_of_bias[(c * VECTOR + e) * THREADS] += of_bias[e];
+        Sums more;
+        more.first = of_weight[e];
+        more.second = of_bias[e];
+        Sums& mine_of_it = of_thread[(c * VECTOR + e) * THREADS];
+        mine_of_it = mine_of_it + more;
       }
     }
     float my_sum = 0, my_product = 0;
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
-      const float a = sum_team(sum[i]), b = sum_team(product[i]);
-      if (i == place.member) {
-        my_sum = a;
-        my_product = b;
-      }
+      choose(my_sum, i == place.member, sum_team(sum[i]));
+      choose(my_product, i == place.member, sum_team(product[i]));
     }
 
     Sums sums = no_sums();
-    const double away = step.mean - pivot;
+    const double away = static_cast<double>(step.mean) - pivot;
     if (step.rstd >= 0 || step.rstd != step.rstd) {
-      const double share = 1.0 / static_cast<double>(count + step.counted), r = step.rstd;
+      const double share = 1.0 / static_cast<double>(count + (MASKED ? step.counted : length - mine)), r = step.rstd;
       const double dv = -0.5 * r * r * my_product;
       sums.first = (-r * my_sum - 2.0 * away * dv) * share;
       sums.second = dv * share;
@@ -177,9 +188,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     sums = time.add(sums, place, tile);
 
     if (place.member < STEPS && mine == length - 1) {  // the first step in time
-      double dmean = touched ? 0.0 : dmean_last, dvar = touched ? 0.0 : dvar_last;
-      if (touched && count > 0) {
-        dmean = static_cast<double>(count) * (sums.first + 2.0 * sums.second * (p.mean[sequence] - pivot));
+      const bool through = !touched();
+      double dmean = through ? at_last(p.dmean_last) : 0.0, dvar = through ? at_last(p.dvar_last) : 0.0;
+      if (!through && count > 0) {
+        const double from_pivot = static_cast<double>(p.mean[sequence]) - pivot;
+        dmean = static_cast<double>(count) * (sums.first + 2.0 * sums.second * from_pivot);
         dvar = static_cast<double>(count) * sums.second;
       }
       p.dmean[sequence] = static_cast<float>(dmean);
@@ -190,10 +203,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     float levels[STEPS], slopes[STEPS];
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
+      // Asked for again: else the compiler keeps what phase (1) made of them, in registers that are not there.
+      means[i] = shuffle(step.mean, place.team_lane + i);
+      rstds[i] = shuffle(step.rstd, place.team_lane + i);
       levels[i] = shuffle(level, place.team_lane + i);
       slopes[i] = shuffle(slope, place.team_lane + i);
     }
-    unsigned char* out = p.dx + (x.first - p.x);
 #pragma unroll UNROLLED_CHUNKS
     for (int c = 0; c < CHUNKS; c++) {
       float gain[VECTOR];
@@ -201,28 +216,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
         float fx[VECTOR], fdy[VECTOR];
-        unpack(x.get(place, i, c, step_bytes), fx);
-        unpack(dy.get(place, i, c, step_bytes), fdy);
+        unpack(x.get(p.x, span, place, i, c, step_bytes), fx);
+        unpack(dy.get(p.dy, span, place, i, c, step_bytes), fdy);
 #pragma unroll
         for (int e = 0; e < VECTOR; e++)
           fx[e] = fmaf(fdy[e] * gain[e], rstds[i], fmaf(slopes[i], fx[e] - means[i], levels[i]));
-        const Vector v = rstds[i] < 0 ? no_vector() : pack(fx);
-        if (i < x.count && place.has(c)) store_vector(out + i * step_bytes + c * (LANES * VECTOR_BYTES), v);
+        const Vector v = MASKED && rstds[i] < 0 ? no_vector() : pack(fx);
+        if (span.has(place, i, c)) store_vector(p.dx + span.at(i, c, step_bytes), v);
       }
     }
   }
 
   sync_block();
   float* partial = p.partial + (at.row * p.blocks + at.block) * dim + static_cast<long long>(at.group) * FEATURES;
+#pragma unroll 1
   for (int f = threadIdx.x; f < FEATURES; f += THREADS) {
     const int vector = f / VECTOR;
     const int slot = (vector / LANES * VECTOR + f % VECTOR) * THREADS + vector % LANES;
-    double of_weight = 0, of_bias = 0;
-    for (int team = 0; team < THREADS / LANES; team++) {
-      of_weight += parts[slot + team * LANES];
-      of_bias += parts[slot + team * LANES + SLOTS * THREADS];
-    }
-    partial[f] = static_cast<float>(of_weight);
-    partial[f + p.batch * p.blocks * dim] = static_cast<float>(of_bias);
+    Sums sum = no_sums();
+#pragma unroll 4
+    for (int team = 0; team < THREADS / LANES; team++) sum = sum + parts[slot + team * LANES];
+    partial[f] = static_cast<float>(sum.first);
+    partial[f + p.batch * p.blocks * dim] = static_cast<float>(sum.second);
   }
 }

@@ -20,17 +20,17 @@ struct Params {
   const long long* count;     // (B,)
   const float* mean;          // (B, G)
   const float* var;           // (B, G)
-  const unsigned char* mask;  // (B, L), 1 at padding; null: none
-  const int* steps;           // (B, L), unmasked steps up to and including each; null without a mask
+  const unsigned char* mask;  // (B, L), 1 at padding; only if MASKED
+  const int* steps;           // (B, L), unmasked steps up to and including each; only if MASKED
   long long* last_count;
   float* last_mean;
   float* last_var;
-  float* step_mean;  // (B, L, G)
+  float* step_mean;  // (B, L, G), in memory with the strides below
   float* step_rstd;
   Sums* totals;     // (B * G, tiles)
   unsigned* flags;  // (B * G, tiles), zeros
   long long length;
-  int groups, blocks;
+  int step_stride, group_stride, groups, blocks;
   double eps;
 };
 
@@ -39,7 +39,7 @@ __device__ __forceinline__ float pivot_of(const Params& p, const Sequence& at, c
                                           long long step_bytes, int lane) {
   if (p.count[at.row] > 0) return p.mean[at.row * p.groups + at.group];
   int first = 0;
-  if (p.steps) {
+  if constexpr (MASKED) {
     // The first step whose count is not 0, found 32 at a time.
     const int* steps = p.steps + at.row * p.length;
     int low = 0, width = static_cast<int>(p.length);
@@ -61,7 +61,7 @@ __device__ __forceinline__ float pivot_of(const Params& p, const Sequence& at, c
   return sum / FEATURES;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     timestep_norm_forward(const __grid_constant__ Params p) {
   const Place place;
   const Sequence at(p.groups, p.blocks);
@@ -69,22 +69,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
   const long long sequence = at.row * p.groups + at.group;
   const long long step_bytes = static_cast<long long>(p.groups) * (FEATURES * ACTIVATION_BYTES);
   const long long offset = at.row * p.length * step_bytes + at.group * (FEATURES * ACTIVATION_BYTES);
-  const unsigned char* mask = p.mask ? p.mask + at.row * p.length : nullptr;
-  const int* steps = p.steps ? p.steps + at.row * p.length : nullptr;
   const float* weight = p.weight + static_cast<long long>(at.group) * FEATURES;
   const float* bias = p.bias + static_cast<long long>(at.group) * FEATURES;
 
+  const long long saved = at.row * p.length * p.groups + static_cast<long long>(at.group) * p.group_stride;
+
   // What the owner of a step (member i of a team) needs to know of it before its tile begins.
-  const auto is_valid = [&](int t) { return place.member < STEPS && t < length && !(mask && mask[t]); };
-  const auto count_at = [&](int t) { return steps && t < length ? steps[t] : t + 1; };
+  const auto is_valid = [&](int t) {
+    return place.member < STEPS && t < length && !(MASKED && p.mask[at.row * p.length + t]);
+  };
+  const auto count_at = [&](int t) { return MASKED && t < length ? p.steps[at.row * p.length + t] : t + 1; };
   const auto team_start = [&](int tile) { return tile * TILE + place.first_step(); };
-  const auto load = [&](Rows& rows, int tile) {
+  const auto span_of = [&](int tile) {
+    Span span;
     const int t = team_start(tile);
-    rows.start(place, p.x + offset + t * step_bytes + place.member * VECTOR_BYTES, length - t, step_bytes);
+    span.offset = offset + t * step_bytes + place.member * VECTOR_BYTES;
+    span.count = length - t;
+    return span;
   };
 
   Rows next;
-  load(next, at.block);
+  next.load(p.x, span_of(at.block), place, step_bytes);
   bool next_valid = is_valid(team_start(at.block) + place.member);
   int next_count = count_at(team_start(at.block) + place.member);
 
@@ -111,11 +116,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
   for (int tile = at.block; tile < tiles; tile += p.blocks) {
     const Rows rows = next;
+    const Span span = span_of(tile);
     const bool valid = next_valid;
     const int counted = next_count;
     const int start = team_start(tile), mine = start + place.member;
     if (tile + p.blocks < tiles) {
-      load(next, tile + p.blocks);
+      next.load(p.x, span_of(tile + p.blocks), place, step_bytes);
       next_valid = is_valid(team_start(tile + p.blocks) + place.member);
       next_count = count_at(team_start(tile + p.blocks) + place.member);
     }
@@ -128,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
         float f[VECTOR];
-        unpack(rows.get(place, i, c, step_bytes), f);
+        unpack(rows.get(p.x, span, place, i, c, step_bytes), f);
 #pragma unroll
         for (int e = 0; e < VECTOR; e++) centre[i] += f[e];
       }
@@ -136,14 +142,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
       centre[i] = sum_team(centre[i]) * (1.0f / FEATURES);
-      my_centre = i == place.member ? centre[i] : my_centre;
+      choose(my_centre, i == place.member, centre[i]);
     }
 #pragma unroll UNROLLED_CHUNKS
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
         float f[VECTOR];
-        unpack(rows.get(place, i, c, step_bytes), f);
+        unpack(rows.get(p.x, span, place, i, c, step_bytes), f);
 #pragma unroll
         for (int e = 0; e < VECTOR; e++) {
           const float d = place.has(c) ? f[e] - centre[i] : 0.0f;
@@ -153,9 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       }
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
-      const float o = sum_team(off[i]), s = sum_team(square[i]);
-      my_off = i == place.member ? o : my_off;
-      my_square = i == place.member ? s : my_square;
+      choose(my_off, i == place.member, sum_team(off[i]));
+      choose(my_square, i == place.member, sum_team(square[i]));
     }
 
     Sums sums = no_sums();
@@ -178,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       double r = rsqrtf(static_cast<float>(wide));
       r = r * (1.5 - 0.5 * wide * r * r);  // to the last bit of float32
       mean = static_cast<float>(m + pivot);
-      const long long i = (at.row * p.length + mine) * p.groups + at.group;
+      const long long i = saved + static_cast<long long>(mine) * p.step_stride;
       p.step_mean[i] = mean;
       p.step_rstd[i] = static_cast<float>(r);
       if (valid) rstd = static_cast<float>(r);
@@ -195,7 +200,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
       means[i] = shuffle(mean, place.team_lane + i);
       rstds[i] = shuffle(rstd, place.team_lane + i);
     }
-    unsigned char* out = p.y + (rows.first - p.x);
 #pragma unroll UNROLLED_CHUNKS
     for (int c = 0; c < CHUNKS; c++) {
       float gain[VECTOR], shift[VECTOR];
@@ -204,11 +208,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #pragma unroll
       for (int i = 0; i < STEPS; i++) {
         float f[VECTOR];
-        unpack(rows.get(place, i, c, step_bytes), f);
+        unpack(rows.get(p.x, span, place, i, c, step_bytes), f);
 #pragma unroll
         for (int e = 0; e < VECTOR; e++) f[e] = fmaf((f[e] - means[i]) * rstds[i], gain[e], shift[e]);
-        const Vector v = rstds[i] < 0 ? no_vector() : pack(f);
-        if (i < rows.count && place.has(c)) store_vector(out + i * step_bytes + c * (LANES * VECTOR_BYTES), v);
+        const Vector v = MASKED && rstds[i] < 0 ? no_vector() : pack(f);
+        if (span.has(place, i, c)) store_vector(p.y + span.at(i, c, step_bytes), v);
       }
     }
   }

@@ -8,7 +8,7 @@ the PyTorch path in float64 on the same inputs, activations already rounded to t
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     op: str
     name: str
-    problems: list[Callable[[], Problem]]
+    problems: Sequence[Callable[[], Problem]]
     """Made when they are needed, one at a time: some are large."""
 
 
@@ -109,6 +109,14 @@ def judge(
             }
         )
     return rows
+
+
+def accuracy_row(row: Row) -> str:
+    """A row of `judge` in words."""
+    return (
+        f"{row['op']} {row['case']}, {row['dtype']}, {row['quantity']}: error {row['error']:.3g} is {row['ratio']:.3g} "
+        f"units of {row['unit']:.3g}, and at most {row['limit']:g} are allowed"
+    )
 
 
 def ratio(error: float, unit: float) -> float:

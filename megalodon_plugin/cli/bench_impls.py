@@ -54,8 +54,8 @@ def _compiled(function: Function) -> Function:
     return torch.compile(function, dynamic=False)
 
 
-def _cema(x: Tensor, *parameters: Tensor) -> Tensor:
-    return cema(x, *parameters)[0]
+def _cema(x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, omega: Tensor) -> Tensor:
+    return cema(x, alpha, delta, theta, gamma, omega)[0]
 
 
 def _timestep_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
@@ -67,7 +67,7 @@ def cema_fft(x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tens
 
     x (B, L, D) -> y (B, L, D), input coefficient as released. What one would write in torch without thinking of blocks.
     """
-    batch, length, dim = x.shape
+    length, dim = x.shape[1:]
     order = alpha.shape[1]
     a, d = torch.sigmoid(alpha)[..., 0], torch.sigmoid(delta)[..., 0]  # (D, N)
     n = torch.arange(1, order + 1, dtype=alpha.dtype, device=x.device)

@@ -37,26 +37,34 @@ def layer_flops(cfg: MegalodonConfig, length: int) -> float:
 
 
 def measure_layer(
-    cfg: MegalodonConfig, batch: int, length: int, impl: str, device: torch.device, tflops: float, seconds: float = 1.0
+    cfg: MegalodonConfig,
+    batch: int,
+    length: int,
+    impl: str,
+    mode: str,
+    device: torch.device,
+    tflops: float,
+    seconds: float = 1.0,
 ) -> dict[str, Any]:
     """A row with op "layer": x (B, L, D) in bfloat16 under autocast, gradients of x and of every parameter.
 
-    The floor is the time of the layer's matrix products at the rate of the large bfloat16 product.
+    `mode` is what the ops run as. The floor is the time of the layer's matrix products at the rate of the large
+    bfloat16 product.
     """
     torch.manual_seed(0)
     with device:
         block = MegalodonBlock(cfg, 0)
-        with torch.no_grad():
-            block.init_weights()
         x = torch.randn(batch, length, cfg.dim, dtype=torch.bfloat16).requires_grad_(True)
         dy = torch.randn(batch, length, cfg.dim, dtype=torch.bfloat16)
+    with torch.no_grad():
+        block.init_weights()
     parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
 
     def function(x: Tensor, *_: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             return block(x)
 
-    with use_kernels("require" if impl == "cuda" else "off"):
+    with use_kernels(mode):
         found = measure(function, [([x, *parameters], dy)], device, seconds, graph_below_ms=0)
     floor = layer_flops(cfg, length) * batch * length / (tflops * 1e12) * 1e3
     return {

@@ -92,7 +92,9 @@ def cema_parameters(dim: int, order: int, seed: int, decays: str = "init") -> di
     values["gamma"][..., 1] = torch.randn(dim, order, generator=generator) / 2
     if decays == "slow":
         spread = torch.linspace(math.log(2e-7), math.log(6e-2), dim * order)
-        values["delta"] = torch.logit(spread[torch.randperm(dim * order, generator=generator)].exp()).view(dim, order, 1)
+        values["delta"] = torch.logit(spread[torch.randperm(dim * order, generator=generator)].exp()).view(
+            dim, order, 1
+        )
     elif decays == "extreme":
         ends = torch.tensor([-40.0, -15.0, -3.0, 0.0, 3.0, 15.0, 40.0])
         for name in ("alpha", "delta", "theta"):

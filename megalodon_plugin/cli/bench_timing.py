@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ def median_ms(call: Call, device: torch.device, seconds: float = 0.4, most: int 
         call(i)
         events[i + 1].record()
     synchronize(device)
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def graph_ms(call: Call, device: torch.device, sets: int, seconds: float = 0.4) -> float:

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from .bench import add_bench, run_bench
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and call the command."""
@@ -29,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     plot = commands.add_parser("plot", help="draw the losses of a run")
     plot.add_argument("run", type=Path, help="the job's dump folder")
 
+    add_bench(commands)
+
     known, rest = parser.parse_known_args(arguments)
     if known.command != "train" and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -41,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
             generate_from_checkpoint(
                 known.checkpoint, known.prompt, known.max_new_tokens, known.temperature, known.seed, sys.stdout
             )
+        elif known.command == "bench":
+            run_bench(known)
         else:
             from .plot import plot_run
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import backend, cema_cuda
 from . import cema_blocks as blocks
 from .checks import check_activation, check_parameter, compute_dtype, without_autocast
+from .register import define_gradient, define_op
 
 CEMA_INPUTS = ("released", "paper")
 
@@ -143,8 +144,7 @@ def _kept_shape(x: Tensor, alpha: Tensor, plan: cema_cuda.Plan | None) -> tuple[
     return (plan.kept_states(x.shape[1]) if plan else 0, x.shape[0], x.shape[2], alpha.shape[1], 2)
 
 
-@torch.library.custom_op("megalodon::cema", mutates_args=())
-def _cema_op(
+def _forward_impl(
     x: Tensor,
     alpha: Tensor,
     delta: Tensor,
@@ -178,8 +178,7 @@ def _torch_forward(x, alpha, delta, theta, gamma, omega, h0, rotate_input) -> tu
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), _to_state(h, alpha.dtype)
 
 
-@torch.library.custom_op("megalodon::cema_backward", mutates_args=())
-def _cema_backward_op(
+def _backward_impl(
     dy: Tensor,
     dh_last: Tensor | None,
     x: Tensor,
@@ -236,13 +235,17 @@ def _torch_backward(dy, dh_last, x, parameters, h0, rotate_input):
         )
 
 
-@_cema_op.register_fake
+_cema_op = define_op("cema", _forward_impl)
+_cema_backward_op = define_op("cema_backward", _backward_impl)
+
+
+@torch.library.register_fake("megalodon::cema")
 def _(x, alpha, delta, theta, gamma, omega, h0, rotate_input):
     state = alpha.new_empty(x.shape[0], x.shape[2], alpha.shape[1], 2)
     return x.new_empty(x.shape), state, alpha.new_empty(_kept_shape(x, alpha, _plan(x, alpha)))
 
 
-@_cema_backward_op.register_fake
+@torch.library.register_fake("megalodon::cema_backward")
 def _(dy, dh_last, x, alpha, delta, theta, gamma, omega, h0, rotate_input, kept):
     parameters = (p.new_empty(p.shape) for p in (alpha, delta, theta, gamma, omega))
     return x.new_empty(x.shape), *parameters, alpha.new_empty(x.shape[0], x.shape[2], alpha.shape[1], 2)
@@ -263,7 +266,7 @@ def _backward(ctx, dy: Tensor | None, dh_last: Tensor | None, _):
     return *grads, (dh0 if h0 is not None else None), None
 
 
-_cema_op.register_autograd(_backward, setup_context=_save_for_backward)
+define_gradient(_cema_op, _save_for_backward, _backward)
 
 
 @register_flop_formula(torch.ops.megalodon.cema)

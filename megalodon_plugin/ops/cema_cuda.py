@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     terms: int
     pass_channels: int
     grad_channels: int
+    out_shared: int  # whether cema_pass keeps its table of outputs in shared memory
 
     def defines(self, channels: int, aligned: bool, **more: int) -> tuple[tuple[str, int], ...]:
         return (
@@ -48,9 +49,9 @@ class Plan(NamedTuple):
         return -(-(length - length % self.block) // (_GROUP_BLOCKS * self.block))
 
     def kept_states(self, length: int) -> int:
-        """States that the forward pass keeps: one a group, and the one before the rest that fills no block."""
+        """States that the forward pass keeps: between groups, and before the rest that fills no block."""
         whole, rest = self.split(length)
-        return self.groups(length) + int(whole > 0 and rest > 0)
+        return max(self.groups(length) - 1, 0) + int(whole > 0 and rest > 0)
 
 
 def make_plan(length: int, order: int, dtype: torch.dtype) -> Plan | None:
@@ -58,12 +59,14 @@ def make_plan(length: int, order: int, dtype: torch.dtype) -> Plan | None:
     if order > MAX_ORDER or dtype not in (torch.bfloat16, torch.float32):
         return None
     if dtype == torch.float32:
-        return Plan(16, 16 if order <= 16 else 32, 3, 8, 8)
+        return Plan(16, 16 if order <= 16 else 32, 3, 8, 8, 1)
     if order > 16:
-        return Plan(16, 32, 2, 8, 8)
+        return Plan(16, 32, 2, 8, 8, 1)
     # A tile is 16 blocks. Blocks of 32 steps need fewer instructions a step, unless half of a tile would be empty.
     long_tiles, short_tiles = -(-length // 512), -(-length // 256)
-    return Plan(32 if 2 * long_tiles <= short_tiles + short_tiles // 4 else 16, 16, 2, 16, 8)
+    if 2 * long_tiles <= short_tiles + short_tiles // 4:
+        return Plan(32, 16, 2, 16, 8, 1)
+    return Plan(16, 16, 2, 16, 8, 0)
 
 
 def _structure(name: str, fields: str) -> type[ctypes.Structure]:
@@ -84,7 +87,8 @@ _Pass = _structure(
 )
 _Grad = _structure(
     "_Grad",
-    "x:p dy:p coefficients:p states:p state_grads:p partial:p partial_omega:p x_row:q dy_row:q length:q "
+    "x:p dy:p coefficients:p state_in:p states:p state_grads:p state_grad_in:p partial:p partial_omega:p "
+    "x_row:q dy_row:q length:q "
     "batch:i dim:i order:i",
 )
 _Finish = _structure(
@@ -215,17 +219,16 @@ class _Call:
         )
         shared = pass_shared_bytes(plan)
         macros = {"CHANNELS": plan.pass_channels, "ALIGNED": self.aligned(x, y), "REVERSE": int(reverse)}
+        macros["OUT_SHARED"] = plan.out_shared
         row_parts, threads = -(-self.batch // d.rows), 32 * plan.pass_channels
         if d.segments > 1:
             summaries = x.new_empty(d.segments - 1, self.batch, self.dim, self.order, 2, dtype=torch.float32)
             params.summaries = summaries.data_ptr()
             params.y, params.boundaries = None, None
             grid = (self.channel_groups, row_parts, d.segments - 1)
-            self._launch("cema_pass", grid, threads, params, shared, **macros, OUT_SHARED=1)
+            self._launch("cema_pass", grid, threads, params, shared, **macros)
             params.y, params.boundaries = y.data_ptr(), None if kept is None else kept.data_ptr()
-        self._launch(
-            "cema_pass", (self.channel_groups, row_parts, d.segments), threads, params, shared, **macros, OUT_SHARED=1
-        )
+        self._launch("cema_pass", (self.channel_groups, row_parts, d.segments), threads, params, shared, **macros)
 
     def short(self, x: Tensor, y: Tensor, state_in: int | None, state_out: int | None, **backward) -> None:
         """`cema_short` over the rest; `backward` holds dy, state_grad_in, partial and partial_omega."""
@@ -255,20 +258,19 @@ class _Call:
 
 
 def pass_shared_bytes(plan: Plan) -> int:
-    """Of cema_pass.cu: the tile, the scan's powers and the out table of every channel."""
-    planes = 3 if plan.terms == 3 else 1
+    """Of cema_pass.cu: two tiles, the scan's powers and the out table of every channel."""
+    planes, powers, entry = (3, 112, 24) if plan.terms == 3 else (1, 8, 16)
     channel_words = planes * _PASS_BLOCKS * (plan.block // 2 + 2) + 2
-    tile = -(-plan.pass_channels * channel_words * 4 // 16) * 16
-    out_entries = plan.block // 8 * (plan.orders // 8)
-    entry = 16 if plan.terms == 2 else 24
-    return tile + plan.pass_channels * (plan.orders * 112 + out_entries * 32 * entry)
+    tile_words = -(-plan.pass_channels * channel_words // 4) * 4
+    out_entries = plan.block // 8 * (plan.orders // 8) * plan.out_shared
+    return 2 * tile_words * 4 + plan.pass_channels * (plan.orders * powers + out_entries * 32 * entry)
 
 
 def grad_shared_bytes(plan: Plan) -> int:
-    """Of cema_grad.cu: the tiles of x and dy, and both tables of every channel."""
+    """Of cema_grad.cu: two tiles of x and of dy, and both tables of every channel."""
     planes = 3 if plan.terms == 3 else 1
     tile = plan.grad_channels * planes * 4 * (8 * (plan.block // 2 + 4) + 8) * 4
-    return 2 * tile + plan.grad_channels * 2 * 2 * (plan.block // 16) * plan.terms * 32 * 16
+    return 4 * tile + plan.grad_channels * 2 * 2 * (plan.block // 16) * plan.terms * 32 * 16
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -297,7 +299,7 @@ def forward(
     h0, start = _state(h0)
     if call.whole:
         call.walk(x, y, start, kept[-1].data_ptr() if call.rest else h.data_ptr(), kept, reverse=False)
-        start = kept[-1].data_ptr()
+        start = kept[-1].data_ptr() if call.rest else None
     if call.rest:
         call.short(x, y, start, h.data_ptr())
     return y, h, kept
@@ -345,14 +347,16 @@ def backward(
         )
         end = middle.data_ptr()
     if call.whole:
-        edge_grads = torch.empty((groups, *shape), dtype=torch.float32, device=x.device)
+        edge_grads = torch.empty((groups - 1, *shape), dtype=torch.float32, device=x.device)
         call.walk(dy, dx, end, dh0.data_ptr(), edge_grads, reverse=True)
         params = _Grad(
             x.data_ptr(),
             dy.data_ptr(),
             call.coefficients.data_ptr(),
+            start,
             kept.data_ptr(),
             edge_grads.data_ptr(),
+            end,
             partial.data_ptr(),
             partial_omega,
             x.stride(0),
@@ -364,7 +368,7 @@ def backward(
         )
         macros = {"CHANNELS": plan.grad_channels, "ALIGNED": call.aligned(x, dy)}
         grid = (channel_groups, parts, order_groups)
-        call._launch("cema_grad", grid, 32 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
+        call._launch("cema_grad", grid, 64 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
     return dx, *_finish(call, partial, partial_omega, slots), dh0
 
 
@@ -400,7 +404,9 @@ def _variants() -> tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]:
         found += [("cema_prepare", plan.defines(8, True)), ("cema_finish", plan.defines(8, True))]
         found += [("cema_short", plan.defines(8, True, BACKWARD=b)) for b in (0, 1)]
         for aligned in (True, False):
-            found += [("cema_pass", plan.defines(plan.pass_channels, aligned, REVERSE=r, OUT_SHARED=1)) for r in (0, 1)]
+            for reverse in (0, 1):
+                more = {"REVERSE": reverse, "OUT_SHARED": plan.out_shared}
+                found.append(("cema_pass", plan.defines(plan.pass_channels, aligned, **more)))
             found.append(("cema_grad", plan.defines(plan.grad_channels, aligned)))
     return tuple((f"{name}.cu", name, defines) for name, defines in found)
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from .checks import check_activation, compute_dtype, without_autocast
+from .register import define_gradient, define_op
 
 # Scores made at a time: 64 Mi numbers are 256 MiB in float32, far more than a GPU needs to be busy.
 SCORES_AT_ONCE = 1 << 26
@@ -124,8 +125,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return scores.masked_fill_(_future(scores), float("-inf"))
 
 
-@torch.library.custom_op("megalodon::chunk_attention", mutates_args=())
-def _attention_op(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+def _forward_impl(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """The output and the logarithm of each softmax's sum, (B, L, H), which the backward pass starts from."""
     batch, length, heads, _ = q.shape
     outputs, sums = [], []
@@ -143,8 +143,7 @@ def _attention_op(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> tuple[Ten
     return torch.cat(outputs, 1), torch.cat(sums, 1)
 
 
-@torch.library.custom_op("megalodon::chunk_attention_backward", mutates_args=())
-def _attention_backward_op(
+def _backward_impl(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. The weights are made again from the scores and their log-sum; dS = P (dP - sum out dout)."""
@@ -170,12 +169,16 @@ def _attention_backward_op(
     return dq, dk, dv
 
 
-@_attention_op.register_fake
+_attention_op = define_op("chunk_attention", _forward_impl)
+_attention_backward_op = define_op("chunk_attention_backward", _backward_impl)
+
+
+@torch.library.register_fake("megalodon::chunk_attention")
 def _(q, k, v, chunk_size):
     return v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q))
 
 
-@_attention_backward_op.register_fake
+@torch.library.register_fake("megalodon::chunk_attention_backward")
 def _(dout, q, k, v, out, log_sum, chunk_size):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -194,7 +197,7 @@ def _backward(ctx, dout: Tensor | None, _):
     return *_attention_backward_op(dout, *ctx.saved_tensors, ctx.chunk_size), None
 
 
-_attention_op.register_autograd(_backward, setup_context=_save_for_backward)
+define_gradient(_attention_op, _save_for_backward, _backward)
 
 
 @register_flop_formula(torch.ops.megalodon.chunk_attention)

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import backend, timestep_norm_cuda
 from .checks import check_activation, check_parameter, compute_dtype, without_autocast
+from .register import define_gradient, define_op
 
 
 class NormState(NamedTuple):
@@ -180,8 +182,7 @@ def _running_statistics(x: Tensor, count: Tensor, mean: Tensor, var: Tensor, mas
     return _Running(pivot, group_mean, n, before, running_mean, running_var), steps[:, -1, 0]
 
 
-@torch.library.custom_op("megalodon::timestep_norm", mutates_args=())
-def _norm_op(
+def _forward_impl(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -193,6 +194,11 @@ def _norm_op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, the state after (count, mean, var), and the running mean and 1/std of each step (B, L, G) for the backward."""
+    if x.is_cuda and timestep_norm_cuda.takes(x, weight, num_groups):
+        arguments = (x, weight, bias, count, mean, var, padding_mask, num_groups, eps)
+        found = backend.available("timestep_norm", x, lambda: timestep_norm_cuda.forward(*arguments))
+        if found is not None:
+            return found
     with without_autocast(x):
         dtype = compute_dtype(x, weight)
         running, last_count = _running_statistics(x, count, mean, var, padding_mask, num_groups)
@@ -217,8 +223,7 @@ def _norm_op(
         )
 
 
-@torch.library.custom_op("megalodon::timestep_norm_backward", mutates_args=())
-def _norm_backward_op(
+def _backward_impl(
     dy: Tensor,
     dmean_last: Tensor | None,
     dvar_last: Tensor | None,
@@ -238,6 +243,12 @@ def _norm_backward_op(
     and R_u = sum_{t>=u} dv_t / n_t:  d mu_u = P_u + 2 mu_u R_u,  d s2_u = R_u,  and the same for the carried state,
     weighted by its count.
     """
+    if x.is_cuda and timestep_norm_cuda.takes(x, weight, step_mean.shape[2]):
+        state = (count, mean, var, padding_mask, step_mean, step_rstd)
+        arguments = (dy, dmean_last, dvar_last, x, weight, *state)
+        found = backend.available("timestep_norm", x, lambda: timestep_norm_cuda.backward(*arguments))
+        if found is not None:
+            return found
     with without_autocast(x):
         dtype, groups = compute_dtype(x, weight), step_mean.shape[2]
         features = x.shape[2] // groups
@@ -287,7 +298,11 @@ def _norm_backward_op(
         )
 
 
-@_norm_op.register_fake
+_norm_op = define_op("timestep_norm", _forward_impl)
+_norm_backward_op = define_op("timestep_norm_backward", _backward_impl)
+
+
+@torch.library.register_fake("megalodon::timestep_norm")
 def _(x, weight, bias, count, mean, var, padding_mask, num_groups, eps):
     steps = x.new_empty(x.shape[0], x.shape[1], num_groups, dtype=compute_dtype(x, weight))
     return (
@@ -300,7 +315,7 @@ def _(x, weight, bias, count, mean, var, padding_mask, num_groups, eps):
     )
 
 
-@_norm_backward_op.register_fake
+@torch.library.register_fake("megalodon::timestep_norm_backward")
 def _(dy, dmean_last, dvar_last, x, weight, count, mean, var, padding_mask, step_mean, step_rstd):
     return x.new_empty(x.shape), *(t.new_empty(t.shape) for t in (weight, weight, mean, var))
 
@@ -320,4 +335,4 @@ def _backward(ctx, dy, dcount, dmean_last, dvar_last, dstep_mean, dstep_rstd):
     return dx, dweight, dbias, None, dmean, dvar, None, None, None
 
 
-_norm_op.register_autograd(_backward, setup_context=_save_for_backward)
+define_gradient(_norm_op, _save_for_backward, _backward)

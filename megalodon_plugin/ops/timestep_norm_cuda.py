@@ -1,7 +1,7 @@
 """TimestepNorm on a CUDA device: which kernel, which tiles, how many blocks, and the launch.
 
-The kernels are kernels/timestep_norm_*.cu; the equations stand in timestep_norm.py, how they are shared out among blocks
-at the head of kernels/timestep_norm.cuh. Every number that was chosen for speed stands in this file.
+The kernels are kernels/timestep_norm_*.cu; the equations stand in timestep_norm.py, how they are shared out among
+blocks at the head of kernels/timestep_norm.cuh. Every number that was chosen for speed stands in this file.
 """
 
 import ctypes
@@ -13,10 +13,27 @@ from torch import Tensor
 
 from megalodon_plugin import kernels
 
+TIME_LAST = False
+"""Whether step_mean and step_rstd (B, L, G) lie in memory as (B, G, L), in which a warp writes neighbouring numbers."""
+
 Defines = tuple[tuple[str, int], ...]
 
-_KEPT_WORDS = 32
-"""Most registers in which a thread holds its part of one step; larger groups are read again instead."""
+_KEPT_WORDS = {False: 32, True: 16}
+"""Most registers in which a thread holds its part of one step, forward and backward; larger groups are read again."""
+
+
+LARGEST_GROUP = 8192
+"""Most features of a group: the backward pass keeps sums for each in shared memory."""
+
+
+def takes(x: Tensor, weight: Tensor, num_groups: int) -> bool:
+    """Whether there is a kernel for these dtypes and shapes."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float32)
+        and weight.dtype == torch.float32
+        and x.shape[2] <= LARGEST_GROUP * num_groups
+        and x.shape[1] < 2**30
+    )
 
 
 class Choice(NamedTuple):
@@ -38,15 +55,16 @@ def choose(features: int, activation_bytes: int, alignment: int, backward: bool)
     vectors = features // vector
     lanes = min(32, 1 << (vectors - 1).bit_length())
     words = max(1, vector * activation_bytes // 4) * -(-vectors // lanes)  # registers of one step
-    if words > _KEPT_WORDS:
+    if words > _KEPT_WORDS[backward]:
         return Choice(vector, lanes, 1, 32, 1, False)
-    # A tile and the next one, of x alone or of x and dy, in registers: 64 bytes a thread and load in flight.
-    steps = max(1, min(lanes, (8 if backward else 16) // words))
+    # A tile and the next one, of x alone or of x and dy, are in registers: 64 bytes a thread and load in flight. Narrow
+    # vectors need more addresses for the same bytes.
+    steps = max(1, min(lanes, (8 if backward and vector * activation_bytes < 16 else 16) // words))
     min_blocks = 4 if words <= 8 else 2
     return Choice(vector, lanes, 1 << (steps.bit_length() - 1), 128, min_blocks, True)
 
 
-def _defines(features: int, activation_bytes: int, choice: Choice) -> Defines:
+def _defines(features: int, activation_bytes: int, masked: bool, choice: Choice) -> Defines:
     return (
         ("FEATURES", features),
         ("ACTIVATION_BYTES", activation_bytes),
@@ -56,15 +74,19 @@ def _defines(features: int, activation_bytes: int, choice: Choice) -> Defines:
         ("THREADS", choice.threads),
         ("MIN_BLOCKS", choice.min_blocks),
         ("KEEP", int(choice.keep)),
+        ("MASKED", int(masked)),
     )
 
 
 def _variants() -> tuple[tuple[str, str, Defines], ...]:
     found: list[tuple[str, str, Defines]] = [("timestep_norm_parameters.cu", "timestep_norm_parameters", ())]
-    for features, activation_bytes in ((32, 2), (64, 2), (128, 2), (64, 4), (7, 2), (1024, 4), (2048, 2)):
+    for features, activation_bytes, masked in (
+        *((32, 2, False), (64, 2, False), (64, 2, True), (64, 4, False), (128, 2, False)),
+        *((99, 4, True), (1024, 4, True), (4096, 2, True)),
+    ):
         for name, backward in (("timestep_norm_forward", False), ("timestep_norm_backward", True)):
             choice = choose(features, activation_bytes, 16, backward)
-            found.append((f"{name}.cu", name, _defines(features, activation_bytes, choice)))
+            found.append((f"{name}.cu", name, _defines(features, activation_bytes, masked, choice)))
     return tuple(found)
 
 
@@ -74,9 +96,14 @@ VARIANTS = _variants()
 
 class _Forward(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "x y weight bias count mean var mask steps".split()),
-        *((name, ctypes.c_void_p) for name in "last_count last_mean last_var step_mean step_rstd totals flags".split()),
+        *((name, ctypes.c_void_p) for name in ["x", "y", "weight", "bias", "count", "mean", "var", "mask", "steps"]),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ["last_count", "last_mean", "last_var", "step_mean", "step_rstd", "totals", "flags"]
+        ),
         ("length", ctypes.c_int64),
+        ("step_stride", ctypes.c_int),
+        ("group_stride", ctypes.c_int),
         ("groups", ctypes.c_int),
         ("blocks", ctypes.c_int),
         ("eps", ctypes.c_double),
@@ -85,10 +112,18 @@ class _Forward(ctypes.Structure):
 
 class _Backward(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "dy x dx weight dmean_last dvar_last count mean mask steps".split()),
-        *((name, ctypes.c_void_p) for name in "step_mean step_rstd dmean dvar partial totals flags".split()),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ["dy", "x", "dx", "weight", "dmean_last", "dvar_last", "count", "mean", "mask", "steps"]
+        ),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ["step_mean", "step_rstd", "dmean", "dvar", "partial", "totals", "flags"]
+        ),
         ("batch", ctypes.c_int64),
         ("length", ctypes.c_int64),
+        ("step_stride", ctypes.c_int),
+        ("group_stride", ctypes.c_int),
         ("groups", ctypes.c_int),
         ("blocks", ctypes.c_int),
     ]
@@ -96,7 +131,7 @@ class _Backward(ctypes.Structure):
 
 class _Parameters(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "partial dweight dbias".split()),
+        *((name, ctypes.c_void_p) for name in ["partial", "dweight", "dbias"]),
         ("parts", ctypes.c_int64),
         ("dim", ctypes.c_int64),
     ]
@@ -130,15 +165,16 @@ def forward(
         kernels.KernelUnavailable: the kernels do not run on this device.
     """
     x, mask = x.contiguous(), _as_it_is(padding_mask)
-    weight, bias, count, mean, var = (t.contiguous() for t in (weight, bias, count, mean, var))
+    weight, bias, count = weight.contiguous(), bias.contiguous(), count.contiguous()
+    mean, var = mean.contiguous(), var.contiguous()
     batch, length, _ = x.shape
     y, last_count = torch.empty_like(x), torch.empty_like(count)
     last_mean, last_var = torch.empty_like(mean), torch.empty_like(var)
-    step_mean = mean.new_empty(batch, length, num_groups)
+    step_mean = _steps_like(mean, batch, length, num_groups)
     step_rstd = torch.empty_like(step_mean)
     if x.numel() == 0:
         return y, last_count.copy_(count), last_mean.copy_(mean), last_var.copy_(var), step_mean, step_rstd
-    plan = _plan(False, x.shape, num_groups, x.element_size(), _alignment(x), x.device)
+    plan = _plan(False, x.shape, num_groups, x.element_size(), _alignment(x), mask is not None, x.device)
     steps = _steps(mask)
     totals, flags = _exchange(plan, mean)
     params = _Forward(
@@ -146,7 +182,7 @@ def forward(
         *(var.data_ptr(), _pointer(mask), _pointer(steps)),
         *(last_count.data_ptr(), last_mean.data_ptr(), last_var.data_ptr()),
         *(step_mean.data_ptr(), step_rstd.data_ptr(), _pointer(totals), _pointer(flags)),
-        *(length, num_groups, plan.blocks, eps),
+        *(length, *step_mean.stride()[1:], num_groups, plan.blocks, eps),
     )
     plan.kernel.launch(plan.grid, plan.threads, params, _stream(x.device), plan.shared_bytes, plan.blocks > 1)
     return y, last_count, last_mean, last_var, step_mean, step_rstd
@@ -171,8 +207,9 @@ def backward(
         kernels.KernelUnavailable: the kernels do not run on this device.
     """
     x, dy, mask = x.contiguous(), dy.contiguous(), _as_it_is(padding_mask)
-    weight, count, mean = (t.contiguous() for t in (weight, count, mean))
-    step_mean, step_rstd = step_mean.contiguous(), step_rstd.contiguous()
+    weight, count, mean = weight.contiguous(), count.contiguous(), mean.contiguous()
+    if not (_known_strides(step_mean) and step_rstd.stride() == step_mean.stride()):
+        step_mean, step_rstd = step_mean.contiguous(), step_rstd.contiguous()
     dmean_last, dvar_last = _as_it_is(dmean_last), _as_it_is(dvar_last)
     batch, length, dim = x.shape
     groups = step_mean.shape[2]
@@ -180,7 +217,8 @@ def backward(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_(), dmean, dvar
-    plan = _plan(True, x.shape, groups, x.element_size(), min(_alignment(x), _alignment(dy)), x.device)
+    alignment = min(_alignment(x), _alignment(dy))
+    plan = _plan(True, x.shape, groups, x.element_size(), alignment, mask is not None, x.device)
     steps = _steps(mask)
     totals, flags = _exchange(plan, mean)
     parts = batch * plan.blocks
@@ -189,7 +227,8 @@ def backward(
         *(dy.data_ptr(), x.data_ptr(), dx.data_ptr(), weight.data_ptr(), _pointer(dmean_last), _pointer(dvar_last)),
         *(count.data_ptr(), mean.data_ptr(), _pointer(mask), _pointer(steps)),
         *(step_mean.data_ptr(), step_rstd.data_ptr(), dmean.data_ptr(), dvar.data_ptr(), partial.data_ptr()),
-        *(_pointer(totals), _pointer(flags), batch, length, groups, plan.blocks),
+        *(_pointer(totals), _pointer(flags), batch, length, *step_mean.stride()[1:]),
+        *(groups, plan.blocks),
     )
     stream = _stream(x.device)
     plan.kernel.launch(plan.grid, plan.threads, params, stream, plan.shared_bytes, plan.blocks > 1)
@@ -200,13 +239,19 @@ def backward(
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    backward: bool, shape: torch.Size, groups: int, activation_bytes: int, alignment: int, device: torch.device
+    backward: bool,
+    shape: torch.Size,
+    groups: int,
+    activation_bytes: int,
+    alignment: int,
+    masked: bool,
+    device: torch.device,
 ) -> _Plan:
     batch, length, dim = shape
     features = dim // groups
     choice = choose(features, activation_bytes, alignment, backward)
     name = "timestep_norm_backward" if backward else "timestep_norm_forward"
-    kernel = kernels.load(f"{name}.cu", name, _defines(features, activation_bytes, choice), device)
+    kernel = kernels.load(f"{name}.cu", name, _defines(features, activation_bytes, masked, choice), device)
     warps = choice.threads // 32
     shared_bytes = 16 * (2 * warps + 1)  # two float64 sums for each warp, twice, and for the tiles before
     vectors = -(-features // (choice.vector * choice.lanes))  # of a lane
@@ -233,6 +278,16 @@ def _multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _parameters_kernel(device: torch.device) -> Any:
     return kernels.load("timestep_norm_parameters.cu", "timestep_norm_parameters", (), device)
+
+
+def _steps_like(mean: Tensor, batch: int, length: int, groups: int) -> Tensor:
+    if TIME_LAST:
+        return mean.new_empty(batch, groups, length).transpose(1, 2)
+    return mean.new_empty(batch, length, groups)
+
+
+def _known_strides(step_mean: Tensor) -> bool:
+    return step_mean.is_contiguous() or step_mean.transpose(1, 2).is_contiguous()
 
 
 def _stream(device: torch.device) -> int:

@@ -86,7 +86,7 @@ def build(source: Path, name: str, defines: tuple[tuple[str, int], ...], sanitiz
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulator needs g++")
-    flags = ["-std=c++20", "-O2", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-ffp-contract=off", "-fno-strict-aliasing", *(f"-D{key}={value}" for key, value in defines)]
     if sanitizers:
         flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]

@@ -44,7 +44,7 @@ def on_the_cpu(monkeypatch):
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:
-    torch.manual_seed(hash(case[:4]) % 1000)
+    torch.manual_seed(0)
     batch, length, dim, groups = case[:4]
     mask = None
     if case.padded:
@@ -77,7 +77,17 @@ def by_kernels(given: dict, groups: int) -> dict[str, Tensor]:
         step_mean,
         step_rstd,
     )
-    return dict(y=y, count=count, mean=mean, var=var, dx=dx, dweight=dweight, dbias=dbias, dmean=dmean, dvar=dvar)
+    return {
+        "y": y,
+        "count": count,
+        "mean": mean,
+        "var": var,
+        "dx": dx,
+        "dweight": dweight,
+        "dbias": dbias,
+        "dmean": dmean,
+        "dvar": dvar,
+    }
 
 
 def by_torch(function, given: dict, groups: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -90,7 +100,10 @@ def by_torch(function, given: dict, groups: int, dtype: torch.dtype | None) -> d
     y, last = function(leaf["x"], leaf["weight"], leaf["bias"], groups, EPS, state, given["mask"])
     pairs = [(y, given["dy"]), (last.mean, given["dmean"]), (last.var, given["dvar"])]
     torch.autograd.backward([a for a, _ in pairs], [g.to(a.dtype) for a, g in pairs])
-    return dict(y=y, count=last.count, mean=last.mean, var=last.var) | {f"d{k}": t.grad for k, t in leaf.items()}
+    found = {"y": y, "count": last.count, "mean": last.mean, "var": last.var} | {
+        f"d{k}": t.grad for k, t in leaf.items()
+    }
+    return {name: t.detach() for name, t in found.items()}
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -110,7 +123,8 @@ def check(case: Case) -> None:
     report = []
     for name, expected in exact.items():
         mine, its = error(got[name], expected), error(plain[name], expected)
-        floor = 2.0**-8 if got[name].dtype == torch.bfloat16 else 1e-6
+        # The mean of a step is kept in float32 for the backward pass, so dmean has its rounding.
+        floor = 2.0**-8 if got[name].dtype == torch.bfloat16 else 1e-6 + abs(case.level) * 2.0**-24
         if not mine <= max(2 * its, floor):
             report.append(f"{name}: {mine:.2e}, PyTorch code {its:.2e}")
     assert not report, "; ".join(report)
@@ -159,6 +173,21 @@ def test_blocks_do_not_change_a_bit(on_the_cpu) -> None:
         assert torch.equal(other["dweight"], results[1]["dweight"]) and torch.equal(other["dbias"], results[1]["dbias"])
 
 
+def test_saved_statistics_with_time_last(on_the_cpu, monkeypatch) -> None:
+    on_the_cpu(2)
+    given = inputs(Case(dim=128))
+    expected = by_kernels(given, 2)
+    monkeypatch.setattr(timestep_norm_cuda, "TIME_LAST", True)
+    got = by_kernels(given, 2)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_number_of_blocks_fits_the_gpu() -> None:
+    for sequences, tiles, capacity in ((512, 64, 528), (64, 512, 528), (600, 64, 528), (1, 10**6, 528), (3, 1, 528)):
+        blocks = timestep_norm_cuda._blocks(sequences, tiles, capacity)
+        assert blocks == 1 or (sequences * blocks <= capacity and blocks <= tiles)
+
+
 def test_count_beyond_31_bits(on_the_cpu) -> None:
     on_the_cpu(2)
     given = inputs(Case())
@@ -189,7 +218,7 @@ def test_no_gradient_of_the_state_and_an_expanded_one_of_y(on_the_cpu) -> None:
     given = inputs(Case()) | {"dy": torch.ones(1, 1, 1).expand(2, 150, 64), "dmean": None, "dvar": None}
     got = by_kernels(given, 2)
     expected = by_torch(
-        timestep_norm_definition, given | dict(dmean=torch.zeros(2, 2), dvar=torch.zeros(2, 2)), 2, torch.float64
+        timestep_norm_definition, given | {"dmean": torch.zeros(2, 2), "dvar": torch.zeros(2, 2)}, 2, torch.float64
     )
     for name in ("dx", "dmean", "dvar", "dbias"):
         assert error(got[name], expected[name]) < 2e-6, name

@@ -198,8 +198,8 @@ class LargestTensor(TorchDispatchMode):
         module = sys.modules["megalodon_plugin.ops.cema"]  # the name in the package is that of the function
         ops = torch.ops.megalodon
         self.bodies = {
-            ops.cema.default: module._cema_op._init_fn,
-            ops.cema_backward.default: module._cema_backward_op._init_fn,
+            ops.cema.default: module._forward_impl,
+            ops.cema_backward.default: module._backward_impl,
         }
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -145,9 +145,16 @@ inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigne
   });
 }
 
+inline void mma_bf16_first(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                           emulator::Where where = emulator::Where::current()) {
+  d[0] = d[1] = d[2] = d[3] = 0;
+  mma_bf16(d, a, b0, b1, where);
+}
+
 inline void load_transposed(unsigned (&r)[4], const unsigned* shared_row,
                             emulator::Where where = emulator::Where::current()) {
-  struct Operands { unsigned* r; const unsigned char* row; } mine{r, reinterpret_cast<const unsigned char*>(shared_row)};
+  struct Operands { unsigned* r; const unsigned char* row; };
+  Operands mine{r, reinterpret_cast<const unsigned char*>(shared_row)};
   emulator::check_aligned("load_transposed", where, shared_row, 16);
   const unsigned char* shared = emulator::current->block->shared;
   if (mine.row < shared || mine.row + 16 > shared + emulator::launch.shared_bytes)

@@ -223,7 +223,7 @@ inline std::string who_waits(const std::vector<Block>& blocks) {
   return all;
 }
 
-// Order 0 is that of the indices, 1 the reverse, any other a shuffle by that seed: missing barriers show in one of them.
+// Order 0 is that of the indices, 1 the reverse, any other a shuffle by that seed; a missing barrier shows in one.
 inline std::vector<size_t> order_of(size_t n, unsigned seed) {
   std::vector<size_t> order(n);
   for (size_t i = 0; i < n; i++) order[i] = seed == 1 ? n - 1 - i : i;

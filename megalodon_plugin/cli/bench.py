@@ -1,0 +1,74 @@
+"""`megalodon bench`: the ops on the GPU that is there, in units of the time to move their tensors once.
+
+`bench ops` checks every implementation against float64 and refuses to time what is wrong, measures the ceilings in the
+same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws ops.png again from ops.json.
+"""
+
+import argparse
+from pathlib import Path
+
+OPS = ("cema", "timestep_norm")
+
+
+def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to those of the console."""
+    bench = commands.add_parser("bench", help="measure the ops on a GPU")
+    benches = bench.add_subparsers(dest="bench", required=True)
+    ops = benches.add_parser(
+        "ops",
+        help="check and time CEMA and TimestepNorm",
+        description="Check CEMA and TimestepNorm against float64, then time them beside what plain torch offers. "
+        "Needs a CUDA GPU. Writes ops.json and ops.png.",
+    )
+    ops.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder for the results (outputs/bench)")
+    ops.add_argument("--only", choices=OPS, help="one op")
+    ops.add_argument("--quick", action="store_true", help="only the kernels, fewer lengths, shorter measurements")
+    ops.add_argument("--shapes", type=parse_shape, nargs="+", metavar="BxLxD", help="these shapes and no sweep")
+    ops.add_argument("--layer", action="store_true", help="also a whole layer of the paper's 7B model")
+    ops.add_argument("--profile", action="store_true", help="also print the time of each GPU kernel")
+    ops.add_argument("--accuracy-only", action="store_true", help="check, print the table, write it, time nothing")
+    ops.add_argument("--golden", type=Path, help="a folder of golden vectors to check with as well")
+    ops.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
+    plot = benches.add_parser("plot", help="draw ops.png from ops.json")
+    plot.add_argument("folder", type=Path, help="the folder that holds ops.json")
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """ "8x4096x1024" -> (8, 4096, 1024).
+
+    Raises:
+        argparse.ArgumentTypeError: it is not three positive numbers.
+    """
+    numbers = [int(part) if part.isascii() and part.isdigit() else 0 for part in text.split("x")]
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"a shape must be three positive numbers, as in 8x4096x1024, but is {text!r}")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def run_bench(known: argparse.Namespace) -> None:
+    """Run the command that was parsed.
+
+    Raises:
+        ValueError: there is no CUDA GPU, or a folder lacks what it must hold.
+        SystemExit: an implementation is wrong.
+    """
+    if known.bench == "plot":
+        import json
+
+        from .bench_report import draw
+
+        if not (known.folder / "ops.json").is_file():
+            raise ValueError(f"`folder` must hold ops.json, but {known.folder} does not")
+        draw(json.loads((known.folder / "ops.json").read_text()), known.folder / "ops.png")
+        print(known.folder / "ops.png")
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "a CUDA GPU is needed, for times and memory of kernels are what is measured, but torch finds none"
+        )
+    from .bench_ops import Bench
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    Bench(known, device).run()

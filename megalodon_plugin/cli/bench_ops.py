@@ -1,0 +1,338 @@
+"""The run behind `megalodon bench ops`: check, ceilings, times, report."""
+
+import argparse
+import datetime
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalodon_plugin.ops.backend import use_kernels
+
+from . import bench_layer, bench_report, bench_timing
+from .bench import OPS
+from .bench_accuracy import DTYPES, Case, golden_cases, judge, standard_cases
+from .bench_impls import CEMA_ORDER, implementation, norm_groups
+from .bench_problems import cema_parameters, cema_problem, timestep_norm_problem
+from .bench_report import Row, floor_ms, sweep_shapes
+
+MAIN_SHAPES = ((8, 4096, 1024), (8, 4096, 4096), (1, 32768, 4096))
+QUICK_LENGTHS = (256, 65536, 1048576)
+REFERENCES = {"cema": ("torch", "compiled", "fft"), "timestep_norm": ("torch", "compiled")}
+REFERENCE_LIMIT = 2.0
+"""Units of error of what is only compared with: it must compute the op, not meet our limits."""
+
+
+class Bench:
+    """One run on one device, with the options of the command line; `kernels` is the mode of the "cuda" rows."""
+
+    def __init__(
+        self, options: argparse.Namespace, device: torch.device, kernels: str = "require", small: bool = False
+    ):
+        self.options, self.device, self.kernels, self.small = options, device, kernels, small
+        self.ops = (options.only,) if options.only else OPS
+        self.seconds = 0.02 if small else 0.15 if options.quick else 0.4
+        self.started = time.monotonic()
+        self.report: Row = {}
+
+    def say(self, text: str) -> None:
+        """Print a line of progress at once."""
+        print(f"[{time.monotonic() - self.started:6.1f} s] {text}", flush=True)
+
+    def run(self) -> None:
+        """Everything; files are written as soon as they have content.
+
+        Raises:
+            SystemExit: the kernels are wrong somewhere; nothing is timed then.
+        """
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        self.report = {**environment(self.device, self.options.commit), "rows": [], "accuracy": []}
+        references = self.check()
+        if self.options.accuracy_only:
+            self.write("accuracy.json")
+            return
+        self.ceilings()
+        self.time_ops(references)
+        if self.options.layer:
+            self.time_layer()
+        self.cpu_times()
+        if self.options.profile:
+            self.profile()
+        self.write("ops.json")
+        self.show()
+        try:
+            bench_report.draw(self.report, self.options.out / "ops.png")
+            self.say(f"wrote {self.options.out / 'ops.json'} and ops.png")
+        except ImportError as error:
+            self.say(f"wrote {self.options.out / 'ops.json'}; no picture ({error}): `megalodon bench plot` draws it")
+
+    def write(self, name: str) -> None:
+        """Write what is known so far."""
+        bench_report.write_json(self.report, self.options.out / name)
+
+    # Correctness
+
+    def check(self) -> dict[str, list[str]]:
+        """Judge the kernels on every case and the references on one; the references of each op that may be timed.
+
+        Raises:
+            SystemExit: a result of the kernels strays further than it may.
+        """
+        rows = self.report["accuracy"]
+        for op in self.ops:
+            for dtype in DTYPES.values():
+                cases = standard_cases(op, dtype, self.device, large=not self.small)
+                if self.options.golden:
+                    cases += golden_cases(self.options.golden, op, dtype, self.device)
+                for case in cases:
+                    found = judge(case, mode=self.kernels)
+                    rows += found
+                    worst = max(found, key=lambda row: row["ratio"] / row["limit"])
+                    verdict = "ok   " if all(row["ok"] for row in found) else "WRONG"
+                    self.say(
+                        f"{verdict} {op}, {worst['dtype']}, {case.name}: "
+                        f"worst {worst['quantity']}, {worst['ratio']:.2f} of at most {worst['limit']:.1f} units"
+                    )
+        print(bench_report.accuracy_table(rows), flush=True)
+        wrong = [row for row in rows if not row["ok"]]
+        if wrong:
+            self.write("accuracy.json")
+            named = {f"{row['op']} ({row['dtype']}, {row['case']}: {row['quantity']})" for row in wrong}
+            sys.exit(f"megalodon bench: nothing is timed, for these are wrong: {', '.join(sorted(named))}")
+        if self.options.quick or self.options.accuracy_only:
+            return {op: [] for op in self.ops}
+        return {op: [impl for impl in REFERENCES[op] if self.reference_is_right(op, impl)] for op in self.ops}
+
+    def reference_is_right(self, op: str, impl: str) -> bool:
+        """Whether a reference computes the op, said aloud where it does not."""
+        dim, length = (256, 1025) if not self.small else (8, 33)
+        shape = (2, length, dim)
+        try:
+            function, mode = implementation(op, impl, dim)
+
+            def call(*, cema_input: str = "released", groups: int = 0, **arguments: Tensor) -> dict[str, Tensor]:
+                return {"y": function(*arguments.values())}
+
+            if op == "cema":
+                problem = cema_problem(shape, CEMA_ORDER, torch.bfloat16, self.device, state=False)
+            else:
+                problem = timestep_norm_problem(shape, norm_groups(dim), torch.bfloat16, self.device, state=False)
+            case = Case(op, f"as initialised, L {length}", [lambda: problem])
+            rows = judge(case, impl, mode, call, REFERENCE_LIMIT)
+        except Exception as error:  # a reference that does not run here is left out, whatever the reason
+            self.say(f"{op}: {impl} is left out, it does not run: {type(error).__name__}: {str(error)[:300]}")
+            return False
+        self.report["accuracy"] += rows
+        wrong = [f"{row['quantity']} {row['ratio']:.2f}" for row in rows if not row["ok"]]
+        self.say(
+            f"{op}: {impl} " + (f"is left out, its results are wrong: {', '.join(wrong)}" if wrong else "is right")
+        )
+        return not wrong
+
+    # Speed
+
+    def ceilings(self) -> None:
+        """What a copy and a matrix product reach on this device, now."""
+        numbers, width = (2**30, 8192) if not self.small else (2**16, 64)
+        numbers = min(numbers, bench_timing.free_memory(self.device) // 8)
+        self.report["copy_tb_s"] = bench_timing.copy_rate(self.device, numbers)
+        self.report["matmul_tflops"] = bench_timing.matmul_rate(self.device, width)
+        self.say(f"copy {self.report['copy_tb_s']:.2f} TB/s, bf16 product {self.report['matmul_tflops']:.0f} TFLOP/s")
+
+    def plan(self, references: dict[str, list[str]]) -> list[tuple[str, str, tuple[int, int, int], str]]:
+        """(op, impl, shape, dtype) of every row, each once, in the order of measuring."""
+        shapes = tuple(self.options.shapes or MAIN_SHAPES)
+        wanted = []
+        for op in self.ops:
+            for shape in shapes:
+                wanted += [(op, impl, shape, "bfloat16") for impl in ("cuda", *references[op])]
+            if not self.options.shapes:
+                wanted += [(op, impl, shapes[0], "float32") for impl in ("cuda", *references[op])]
+                lengths = [s for s in sweep_shapes() if not self.options.quick or s[1] in QUICK_LENGTHS]
+                wanted += [(op, "cuda", shape, "bfloat16") for shape in lengths]
+        return list(dict.fromkeys(wanted))
+
+    def time_ops(self, references: dict[str, list[str]]) -> None:
+        """A row for each entry of the plan; what does not fit into memory is skipped aloud."""
+        for op, impl, shape, dtype in self.plan(references):
+            label = f"{op}, {impl}, {shape}, {dtype}"
+            itemsize = DTYPES[dtype].itemsize
+            free = bench_timing.free_memory(self.device)
+            needed = int(5.5 * itemsize * shape[0] * shape[1] * shape[2])  # x, dy, y, dx and half an activation
+            if needed > free:
+                self.say(f"{label}: skipped, {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB free")
+                continue
+            try:
+                row = self.time_op(op, impl, shape, DTYPES[dtype])
+            except torch.OutOfMemoryError:
+                self.say(f"{label}: skipped, it needs more memory than {free / 2**30:.1f} GiB")
+                continue
+            except Exception as error:
+                if impl == "cuda":
+                    raise
+                self.say(f"{label}: skipped, {type(error).__name__}: {str(error)[:300]}")
+                continue
+            self.report["rows"].append(row)
+            self.write("ops.unfinished.json")
+            x = [bench_report.multiple(row, which) or 0.0 for which in ("fwd", "fwd_bwd")]
+            self.say(
+                f"{label}: forward {row['fwd_ms']:.3f} ms ({x[0]:.2f} x floor), with backward "
+                f"{row['fwd_bwd_ms']:.3f} ms ({x[1]:.2f} x), "
+                f"{row['extra_mib']:.0f} MiB extra ({row['extra_share']:.3f})"
+            )
+        (self.options.out / "ops.unfinished.json").unlink(missing_ok=True)
+
+    def time_op(self, op: str, impl: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Row:
+        """The row of one implementation at one shape."""
+        function, mode = implementation(op, impl, shape[2])
+        with use_kernels(self.kernels if impl == "cuda" else mode):
+            sets = self.inputs(op, shape, dtype)
+            found = bench_timing.measure(function, sets, self.device, self.seconds)
+        x = sets[0][0][0]
+        return {
+            "op": op,
+            "impl": impl,
+            "B": shape[0],
+            "L": shape[1],
+            "D": shape[2],
+            **({"N": CEMA_ORDER} if op == "cema" else {"G": norm_groups(shape[2])}),
+            "dtype": str(dtype).removeprefix("torch."),
+            **found,
+            "floor_fwd_ms": floor_ms(2, shape, dtype.itemsize, self.report["copy_tb_s"]),
+            "floor_fwd_bwd_ms": floor_ms(5, shape, dtype.itemsize, self.report["copy_tb_s"]),
+            "extra_share": found["extra_mib"] * bench_timing.MIB / bench_timing.size(x),
+        }
+
+    def inputs(self, op: str, shape: tuple[int, int, int], dtype: torch.dtype) -> list[tuple[list[Tensor], Tensor]]:
+        """Sets of (inputs, gradient of the output) that share their parameters, all inputs with a gradient."""
+        dim = shape[2]
+        if op == "cema":
+            parameters = [p.to(self.device) for p in cema_parameters(dim, CEMA_ORDER, 0).values()]
+        else:
+            parameters = [torch.randn(dim, device=self.device) / 4 for _ in range(2)]
+        parameters = [p.requires_grad_(True) for p in parameters]
+        sets = []
+        for _ in range(bench_timing.input_sets(dtype.itemsize * shape[0] * shape[1] * dim, self.device)):
+            x, dy = (torch.empty(shape, dtype=dtype, device=self.device).normal_() for _ in range(2))
+            sets.append(([x.requires_grad_(True), *parameters], dy))
+        return sets
+
+    def time_layer(self) -> None:
+        """Rows with op "layer", and the ratio of the two."""
+        shapes = bench_layer.SHAPES if not self.small else ((2, 40),)
+        for batch, length in shapes:
+            rows = []
+            for impl in ("cuda", "torch"):
+                bench_timing.free_memory(self.device)
+                cfg = bench_layer.layer_config(64 if self.small else None)
+                seconds = 0.02 if self.small else 1.0
+                mode = self.kernels if impl == "cuda" else "off"
+                rows.append(
+                    bench_layer.measure_layer(
+                        cfg, batch, length, impl, mode, self.device, self.report["matmul_tflops"], seconds
+                    )
+                )
+                self.say(f"layer, {impl}, ({batch}, {length}): {rows[-1]['fwd_bwd_ms']:.1f} ms forward and backward")
+            self.say(f"layer, ({batch}, {length}): {rows[1]['fwd_bwd_ms'] / rows[0]['fwd_bwd_ms']:.2f} times as fast")
+            self.report["rows"] += rows
+
+    def cpu_times(self) -> None:
+        """What an eager call costs the CPU, at a shape that keeps the GPU idle, beside an op that does nothing."""
+        shape, found = (1, 64, 64), {}
+        calls, rounds = (100, 9) if not self.small else (2, 3)
+        with use_kernels(self.kernels):
+            for op in self.ops:
+                (inputs, dy), function = self.inputs(op, shape, torch.bfloat16)[0], implementation(op, "cuda", 64)[0]
+
+                def forward(_: int, function=function, inputs=inputs) -> Tensor:
+                    return function(*inputs)
+
+                def both(_: int, function=function, inputs=inputs, dy=dy) -> Any:
+                    return torch.autograd.grad(function(*inputs), inputs, dy)
+
+                found[op] = {
+                    "cpu_us_fwd": bench_timing.cpu_us(forward, self.device, calls, rounds),
+                    "cpu_us_fwd_bwd": bench_timing.cpu_us(both, self.device, calls, rounds),
+                    "kernels_fwd": sum(n for _, n, _ in bench_timing.kernel_times(forward, self.device)),
+                    "kernels_fwd_bwd": sum(n for _, n, _ in bench_timing.kernel_times(both, self.device)),
+                }
+        empty = bench_timing.empty_op()
+        x = torch.randn(shape, device=self.device).requires_grad_(True)
+        dy = torch.randn(shape, device=self.device)
+        found["empty"] = {
+            "cpu_us_fwd": bench_timing.cpu_us(lambda _: empty(x), self.device, calls, rounds),
+            "cpu_us_fwd_bwd": bench_timing.cpu_us(
+                lambda _: torch.autograd.grad(empty(x), [x], dy), self.device, calls, rounds
+            ),
+        }
+        self.report["cpu"] = found
+        for op, times in found.items():
+            self.say(f"CPU, {op}: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items()))
+        for row in self.report["rows"]:
+            if row["impl"] == "cuda" and row["op"] in found:
+                row["cpu_us_fwd"] = found[row["op"]]["cpu_us_fwd"]
+
+    def profile(self) -> None:
+        """Times of the GPU kernels at the main shapes."""
+        self.report["profile"] = []
+        with use_kernels(self.kernels):
+            for op in self.ops:
+                for shape in self.options.shapes or MAIN_SHAPES:
+                    bench_timing.free_memory(self.device)
+                    (inputs, dy), function = (
+                        self.inputs(op, shape, torch.bfloat16)[0],
+                        implementation(op, "cuda", shape[2])[0],
+                    )
+
+                    def both(_: int, function=function, inputs=inputs, dy=dy) -> Any:
+                        return torch.autograd.grad(function(*inputs), inputs, dy)
+
+                    self.say(f"kernels of {op} at {shape}, forward and backward, launches and microseconds a call")
+                    for name, launches, us in bench_timing.kernel_times(both, self.device):
+                        print(f"    {us:9.1f}  {launches:4.1f}  {name[:120]}", flush=True)
+                        self.report["profile"].append(
+                            {"op": op, "shape": shape, "kernel": name, "launches": launches, "us": us}
+                        )
+
+    def show(self) -> None:
+        """The table, and how flat the sweep is."""
+        print(bench_report.speed_table(self.report["rows"]))
+        for op in self.ops:
+            for which in ("fwd", "fwd_bwd"):
+                spread = bench_report.flatness(self.report["rows"], op, f"{which}_ms")
+                if spread is not None:
+                    self.report.setdefault("spread", {})[f"{op}_{which}"] = spread
+                    print(f"{op}, {which}: time per element over the lengths within {spread:.1%} of the fastest")
+        self.write("ops.json")
+
+
+def environment(device: torch.device, commit: str | None) -> Row:
+    """gpu, torch, cuda, driver, commit and date (UTC)."""
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "commit": commit or _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str:
+    here = str(Path(__file__).parent)
+    commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
+    changed = commit != "unknown" and _output("git", "-C", here, "status", "--porcelain", "-uno") not in ("", "unknown")
+    return commit + ("-changed" if changed else "")
+
+
+def _output(*command: str) -> str:
+    """What a program prints, "unknown" where it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
