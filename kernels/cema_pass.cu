@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
     unsigned* other = buffers + (i + 1) % 2 * kTileWords;
 #pragma unroll 1
     for (int phase = 0; phase < 2; ++phase) {
-      if (phase == warp % 2) {
+      if (phase == warp / 4 % 2) {
         // A thread writes the words that it has just read, so the buffer passes from one tile to the next without a
         // barrier.
         if (i > 0) {

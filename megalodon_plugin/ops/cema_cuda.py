@@ -368,7 +368,7 @@ def backward(
         )
         macros = {"CHANNELS": plan.grad_channels, "ALIGNED": call.aligned(x, dy)}
         grid = (channel_groups, parts, order_groups)
-        call._launch("cema_grad", grid, 64 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
+        call._launch("cema_grad", grid, 32 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
     return dx, *_finish(call, partial, partial_omega, slots), dh0
 
 
