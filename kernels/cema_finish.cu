@@ -2,7 +2,8 @@
 //
 // dp, dg and dlog q come conjugated. With w = 1 - a d and dL = dlog q:
 //   da = -Re(dL) d / w + dp's part along p,   dd = -Re(dL) a / w,   dangle_n = Im(dL) (+ dp's part across p),
-//   dalpha = da a (1 - a),  ddelta = dd d (1 - d),  dtheta = sum_n dangle_n (2 pi n / N) f (1 - f),  dgamma = dg sqrt(1/N).
+//   dalpha = da a (1 - a),  ddelta = dd d (1 - d),  dtheta = sum_n dangle_n (2 pi n / N) f (1 - f),
+//   dgamma = dg sqrt(1/N).
 // One thread owns one order of one channel; the ORDERS neighbouring lanes of a channel add up dtheta by shuffles.
 constexpr int kWarpsOfChannel = 1;
 #include "cema.cuh"
@@ -63,7 +64,8 @@ extern "C" __global__ void __launch_bounds__(256) cema_finish(const __grid_const
   if (real && n == 0) {
     p.dtheta[channel] = static_cast<float>(d_theta);
     double d_omega = 0;
-    for (int slot = 0; slot < p.slots; ++slot) d_omega += p.partial_omega[static_cast<long long>(slot) * p.dim + channel];
+    for (int slot = 0; slot < p.slots; ++slot)
+      d_omega += p.partial_omega[static_cast<long long>(slot) * p.dim + channel];
     p.domega[channel] = static_cast<float>(d_omega);
   }
 }

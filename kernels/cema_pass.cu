@@ -8,8 +8,9 @@
 // A thread block owns CHANNELS channels, one warp each, and walks their tiles of 16 blocks in order of time for some
 // batch rows and one segment. All threads move tiles between device and shared memory (cema_staging.cuh); each warp works
 // on its own channel of a tile alone, in place. Two tiles' buffers alternate: between two barriers the block brings in
-// tile i + 1, carries off tile i - 1 and works on tile i; half of the warps do the moving first and half the work, so that
-// both go on at once. The loads of tile i + 2 are then under way in registers.
+// tile i + 1, carries off tile i - 1 and works on tile i. Half of the warps do the moving first and half the work, so that
+// both go on at once; neighbouring warps run on different schedulers, so it is by warp / 4. The loads of tile i + 2 are
+// then under way in registers.
 //
 // In a warp, the rows of the matrix products are the 16 blocks: rows g and g + 8 (g = lane / 4) hold blocks 2g and
 // 2g + 1 in walking order. A lane holds the states of orders 4 j + lane % 4 of its two blocks, real and imaginary part
@@ -26,6 +27,7 @@ constexpr int kWarpsOfChannel = 1;
 #include "cema.cuh"
 constexpr int kChannelWords = kPlanes * kPlaneWords + 2;
 __device__ __forceinline__ int word_of_block(int block) { return block * kBlockWords; }
+#include "cema_scan.cuh"
 #include "cema_staging.cuh"
 
 struct Params {
@@ -38,7 +40,7 @@ struct Params {
   Complex<float>* boundaries;         // (groups - 1, B, D, N): the states between groups of tiles; null if not wanted
   Complex<float>* summaries;          // (segments, B, D, N): what each segment leaves of a zero state
   long long x_row, y_row;             // elements from one batch row to the next
-  long long length;                   // steps, a multiple of T
+  int length;                         // steps, a multiple of T
   int batch, dim, order;
   int rows;                           // batch rows of a thread block
   int segments;                       // parts of the time axis that are walked at once
@@ -54,16 +56,6 @@ constexpr int kTilesPerGroup = 2;         // tiles between two states that are k
 
 struct alignas(TERMS == 2 ? 16 : 8) OutEntry {
   unsigned b0[TERMS], b1[TERMS];
-};
-
-// Powers that the scan needs, of one order.
-struct alignas(kFloat32 ? 16 : 8) ScanPowers {
-  Complex<float> a1;
-#if TERMS == 3
-  Complex<float> a2, a4, a8;
-  Complex<float> lanes[8];  // A^(2 g)
-  Complex<Real> a16;
-#endif
 };
 
 // Shared memory: two tiles, the scan's powers, and the out table if registers are short of room.
@@ -143,30 +135,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
     }
     split<TERMS>(v[0], v[1], toeplitz[distance]);
   }
-  for (int n = lane; n < ORDERS; n += 32) {
-    const Coefficients z(p.coefficients, known, n);
-    ScanPowers s;
-    s.a1 = convert<float>(z[kA]);
-#if TERMS == 3
-    s.a2 = convert<float>(z[kA2]);
-    s.a4 = convert<float>(z[kA4]);
-    s.a8 = convert<float>(z[kA8]);
-    s.a16 = z[kA16];
-    s.lanes[0] = convert<float>(z[kPower]);
-#pragma unroll
-    for (int i = 1; i < 8; ++i) {
-      Complex<Real> w = z[kPower];
-      if (i & 1) w = w * z[kA2];
-      if (i & 2) w = w * z[kA4];
-      if (i & 4) w = w * z[kA8];
-      s.lanes[i] = convert<float>(w);
-    }
-#endif
-    scan[n] = s;
-  }
+  for (int n = lane; n < ORDERS; n += 32) scan[n] = scan_powers(Coefficients(p.coefficients, known, n));
   sync_warp();
 
-  const int all_tiles = static_cast<int>((p.length + kTile - 1) / kTile);
+  const int all_tiles = (p.length + kTile - 1) / kTile;
   const int segment = blockIdx.z;                    // in walking order
   const int first_tile = segment * p.segment_tiles;  // also in walking order
   const int tiles = min(p.segment_tiles, all_tiles - first_tile);
@@ -177,9 +149,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
   const long long bytes = kFloat32 ? 4 : 2;
   // Where a tile of the walk lies in time.
   auto place = [&](int walked) { return REVERSE ? all_tiles - 1 - (first_tile + walked) : first_tile + walked; };
-  auto steps_of = [&](int walked) {
-    return static_cast<int>(min(static_cast<long long>(kTile), p.length - static_cast<long long>(place(walked)) * kTile));
-  };
+  auto steps_of = [&](int walked) { return min(kTile, p.length - place(walked) * kTile); };
   Move moves[kMoves];
   auto fetch_tile = [&](const Cursor& at) {
     const char* from =

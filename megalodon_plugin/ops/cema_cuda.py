@@ -8,65 +8,26 @@ fill no block are left to `cema_short`. Every sum has a fixed order.
 
 import ctypes
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megalodon_plugin import kernels
 
-MAX_ORDER = 32
+from .cema_plan import (
+    PASS_BLOCKS,
+    VARIANTS,
+    Plan,
+    divide_grad,
+    divide_pass,
+    grad_shared_bytes,
+    make_plan,
+    pass_shared_bytes,
+)
+
+__all__ = ["VARIANTS", "Plan", "backward", "divide_pass", "forward", "make_plan", "multiprocessors"]
+
 _SLOTS = 19  # complex numbers that cema_prepare makes of a channel and order
-_PASS_BLOCKS, _GROUP_BLOCKS = 16, 32  # blocks of a tile of cema_pass, and of a group of cema_grad
-
-
-class Plan(NamedTuple):
-    """Which variant of the kernels takes an activation; the letters are those of the macros in kernels/cema.cuh."""
-
-    block: int  # T
-    orders: int
-    terms: int
-    pass_channels: int
-    grad_channels: int
-    out_shared: int  # whether cema_pass keeps its table of outputs in shared memory
-
-    def defines(self, channels: int, aligned: bool, **more: int) -> tuple[tuple[str, int], ...]:
-        return (
-            ("BLOCK", self.block),
-            ("ORDERS", self.orders),
-            ("TERMS", self.terms),
-            ("CHANNELS", channels),
-            ("ALIGNED", int(aligned)),
-            *more.items(),
-        )
-
-    def split(self, length: int) -> tuple[int, int]:
-        """Steps in whole blocks, and the rest."""
-        return length - length % self.block, length % self.block
-
-    def groups(self, length: int) -> int:
-        """Groups of blocks at whose edges states are kept."""
-        return -(-(length - length % self.block) // (_GROUP_BLOCKS * self.block))
-
-    def kept_states(self, length: int) -> int:
-        """States that the forward pass keeps: between groups, and before the rest that fills no block."""
-        whole, rest = self.split(length)
-        return max(self.groups(length) - 1, 0) + int(whole > 0 and rest > 0)
-
-
-def make_plan(length: int, order: int, dtype: torch.dtype) -> Plan | None:
-    """The kernels' variant for an activation of `length` steps, or None if there is none for it."""
-    if order > MAX_ORDER or dtype not in (torch.bfloat16, torch.float32):
-        return None
-    if dtype == torch.float32:
-        return Plan(16, 16 if order <= 16 else 32, 3, 8, 8, 1)
-    if order > 16:
-        return Plan(16, 32, 2, 8, 8, 1)
-    # A tile is 16 blocks. Blocks of 32 steps need fewer instructions a step, unless half of a tile would be empty.
-    long_tiles, short_tiles = -(-length // 512), -(-length // 256)
-    if 2 * long_tiles <= short_tiles + short_tiles // 4:
-        return Plan(32, 16, 2, 16, 8, 1)
-    return Plan(16, 16, 2, 16, 8, 0)
 
 
 def _structure(name: str, fields: str) -> type[ctypes.Structure]:
@@ -82,14 +43,13 @@ _Prepare = _structure(
 )
 _Pass = _structure(
     "_Pass",
-    "x:p y:p coefficients:p lags:p state_in:p state_out:p boundaries:p summaries:p x_row:q y_row:q length:q "
-    "batch:i dim:i order:i rows:i segments:i segment_tiles:i",
+    "x:p y:p coefficients:p lags:p state_in:p state_out:p boundaries:p summaries:p x_row:q y_row:q "
+    "length:i batch:i dim:i order:i rows:i segments:i segment_tiles:i",
 )
 _Grad = _structure(
     "_Grad",
     "x:p dy:p coefficients:p state_in:p states:p state_grads:p state_grad_in:p partial:p partial_omega:p "
-    "x_row:q dy_row:q length:q "
-    "batch:i dim:i order:i",
+    "x_row:q dy_row:q length:i batch:i dim:i order:i",
 )
 _Finish = _structure(
     "_Finish",
@@ -112,44 +72,6 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-class Division(NamedTuple):
-    """How one pass is divided among thread blocks."""
-
-    rows: int  # batch rows of a thread block
-    segments: int  # parts of the time axis
-    segment_tiles: int
-
-
-@functools.cache
-def divide_pass(batch: int, tiles: int, channel_groups: int, processors: int) -> Division:
-    """A thread block walks whole rows if that fills the GPU: a segment's start must first be found by a second pass."""
-    segments = 1
-    if 2 * batch * channel_groups <= processors and tiles >= 16:
-        segments = min(processors // (batch * channel_groups), tiles // 8)
-    segment_tiles = -(-tiles // segments)
-    segments = -(-tiles // segment_tiles)
-    start = 4  # making the tables takes about as long as so many tiles
-
-    def cost(parts: int) -> tuple[int, int]:
-        waves = -(-channel_groups * parts * segments // processors)
-        return waves * (-(-batch // parts) * segment_tiles + start), parts
-
-    parts = min(range(1, batch + 1), key=cost)
-    return Division(-(-batch // parts), segments, segment_tiles)
-
-
-@functools.cache
-def divide_grad(batch: int, groups: int, channel_groups: int, processors: int) -> int:
-    """Thread blocks that share a channel's groups of blocks; each leaves a partial sum."""
-    items, start = batch * groups, 2
-
-    def cost(parts: int) -> tuple[int, int]:
-        waves = -(-channel_groups * parts // processors)
-        return waves * (-(-items // parts) + start), parts
-
-    return min(range(1, min(items, 16) + 1), key=cost)
-
-
 class _Call:
     """One forward or backward pass: the activation's sizes, the coefficients, the launches."""
 
@@ -161,7 +83,7 @@ class _Call:
         self.item = x.element_size()
         self.stream = _stream(x.device)
         self.whole, self.rest = plan.split(self.length)
-        self.tiles = -(-self.whole // (_PASS_BLOCKS * plan.block))
+        self.tiles = -(-self.whole // (PASS_BLOCKS * plan.block))
         self.channel_groups = -(-self.dim // plan.pass_channels)
         self.division = divide_pass(self.batch, max(self.tiles, 1), self.channel_groups, multiprocessors(x.device))
         real = torch.float64 if plan.terms == 3 else torch.float32
@@ -179,7 +101,7 @@ class _Call:
         return self.dim % 8 == 0 and all(t.data_ptr() % 16 == 0 and t.stride(0) * self.item % 16 == 0 for t in tensors)
 
     def prepare(self) -> None:
-        segment = self.division.segment_tiles * _PASS_BLOCKS * self.plan.block
+        segment = self.division.segment_tiles * PASS_BLOCKS * self.plan.block
         params = _Prepare(
             self.alpha.data_ptr(),
             self.delta.data_ptr(),
@@ -255,22 +177,6 @@ class _Call:
         )
         grid = (-(-self.dim * self.plan.orders // 256), self.batch if dy is None else 1, 1)
         self._launch("cema_short", grid, 256, params, 0, BACKWARD=int(dy is not None))
-
-
-def pass_shared_bytes(plan: Plan) -> int:
-    """Of cema_pass.cu: two tiles, the scan's powers and the out table of every channel."""
-    planes, powers, entry = (3, 112, 24) if plan.terms == 3 else (1, 8, 16)
-    channel_words = planes * _PASS_BLOCKS * (plan.block // 2 + 2) + 2
-    tile_words = -(-plan.pass_channels * channel_words // 4) * 4
-    out_entries = plan.block // 8 * (plan.orders // 8) * plan.out_shared
-    return 2 * tile_words * 4 + plan.pass_channels * (plan.orders * powers + out_entries * 32 * entry)
-
-
-def grad_shared_bytes(plan: Plan) -> int:
-    """Of cema_grad.cu: two tiles of x and of dy, and both tables of every channel."""
-    planes = 3 if plan.terms == 3 else 1
-    tile = plan.grad_channels * planes * 4 * (8 * (plan.block // 2 + 4) + 8) * 4
-    return 4 * tile + plan.grad_channels * 2 * 2 * (plan.block // 16) * plan.terms * 32 * 16
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -369,7 +275,8 @@ def backward(
         macros = {"CHANNELS": plan.grad_channels, "ALIGNED": call.aligned(x, dy)}
         grid = (channel_groups, parts, order_groups)
         call._launch("cema_grad", grid, 32 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
-    return dx, *_finish(call, partial, partial_omega, slots), dh0
+    dalpha, ddelta, dtheta, dgamma, domega = _finish(call, partial, partial_omega, slots)
+    return dx, dalpha, ddelta, dtheta, dgamma, domega, dh0
 
 
 def _finish(call: _Call, partial: Tensor, partial_omega: int, slots: int) -> tuple[Tensor, ...]:
@@ -388,28 +295,3 @@ def _finish(call: _Call, partial: Tensor, partial_omega: int, slots: int) -> tup
     )
     call._launch("cema_finish", (-(-call.dim * call.plan.orders // 256), 1, 1), 256, params, 0)
     return grads
-
-
-def _variants() -> tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]:
-    plans = [
-        make_plan(4096, 16, torch.bfloat16),
-        make_plan(256, 16, torch.bfloat16),
-        make_plan(4096, 32, torch.bfloat16),
-        make_plan(4096, 16, torch.float32),
-        make_plan(4096, 32, torch.float32),
-    ]
-    found = []
-    for plan in plans:
-        assert plan is not None
-        found += [("cema_prepare", plan.defines(8, True)), ("cema_finish", plan.defines(8, True))]
-        found += [("cema_short", plan.defines(8, True, BACKWARD=b)) for b in (0, 1)]
-        for aligned in (True, False):
-            for reverse in (0, 1):
-                more = {"REVERSE": reverse, "OUT_SHARED": plan.out_shared}
-                found.append(("cema_pass", plan.defines(plan.pass_channels, aligned, **more)))
-            found.append(("cema_grad", plan.defines(plan.grad_channels, aligned)))
-    return tuple((f"{name}.cu", name, defines) for name, defines in found)
-
-
-VARIANTS = _variants()
-"""Source, kernel and macros of everything that can be launched; the tests compile them for every architecture."""

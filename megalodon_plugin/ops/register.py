@@ -1,11 +1,12 @@
 """Registration of an op under torch.ops.megalodon, with little work on the CPU in each call.
 
-`torch.library.custom_op` and `torch.library.register_autograd` do the same, but at each call they compare the storage of
-every output with that of every input and go through the schema's defaults, which for ten tensors takes longer than
+`torch.library.custom_op` and `torch.library.register_autograd` do the same, but at each call they compare the storage
+of every output with that of every input and go through the schema's defaults, which for ten tensors takes longer than
 launching the kernels. No op here returns an input or has a default; opcheck tests both.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def define_gradient(op: torch._ops.OpOverload, save: Callable, backward: Callabl
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    node = type(f"{op.name()}_gradient", (torch.autograd.Function,), members)
+    node: Any = type(f"{op.name()}_gradient", (torch.autograd.Function,), members)
 
     def dispatch(*inputs):
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):

@@ -2,7 +2,6 @@
 
 import math
 
-import emulator
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +9,8 @@ from torch import Tensor
 from megalodon_plugin import kernels
 from megalodon_plugin.ops import cema_cuda
 from megalodon_plugin.ops.cema import cema_definition
+
+import emulator
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,18 @@ class Budget(NamedTuple):
 
 
 # Kernel -> budget, or (kernel, architecture) -> budget, which comes first. The others have the default one.
-BUDGETS: dict[str | tuple[str, str], Budget] = {}
+BUDGETS: dict[str | tuple[str, str], Budget] = {
+    "cema_prepare": Budget(64, 0),
+    # 16 warps, so 128 registers (the launch bound sees to it), and a few words that the loop reads once a tile.
+    "cema_pass": Budget(255, 64),
+    "cema_grad": Budget(255, 64),
+    "cema_finish": Budget(64, 0),
+    # The backward pass keeps the state before each of its T steps in an array that it indexes while running.
+    "cema_short": Budget(96, 16 * 32),
+    "timestep_norm_forward": Budget(160, 0),
+    "timestep_norm_backward": Budget(168, 16),
+    "timestep_norm_parameters": Budget(48, 0),
+}
 
 OPS = ("megalodon_plugin.ops.cema_cuda", "megalodon_plugin.ops.timestep_norm_cuda")
 

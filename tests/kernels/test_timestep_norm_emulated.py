@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import emulator
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +9,8 @@ from torch import Tensor
 from megalodon_plugin import kernels
 from megalodon_plugin.ops import NormState, timestep_norm_cuda
 from megalodon_plugin.ops.timestep_norm import timestep_norm, timestep_norm_definition
+
+import emulator
 
 EPS = 1e-5
 

@@ -1,0 +1,172 @@
+// The pieces of cema_grad.cu: what one warp does with its channel of a group of blocks, step by step.
+#pragma once
+#include "cema_staging.cuh"
+
+constexpr int kTimeSteps = BLOCK / 16;
+constexpr int kTimeTiles = BLOCK / 8;
+constexpr int kTableBytes = 2 * 2 * kTimeSteps * TERMS * 32 * 16;  // in and out table of one channel
+constexpr int kTileWords = CHANNELS * kChannelWords;
+
+// A group's x and dy, from device to shared memory. Nothing is loaded ahead: while some warps wait here, others work, and
+// registers are what cema_grad is short of.
+__device__ __forceinline__ void bring(unsigned* tiles, const char* x, const char* dy, int steps, int dim, int channels) {
+  Move x_moves[kMoves], dy_moves[kMoves];
+  fetch(x_moves, x, steps, dim, channels);
+  fetch(dy_moves, dy, steps, dim, channels);
+  to_shared(x_moves, tiles);
+  to_shared(dy_moves, tiles + kTileWords);
+}
+
+// Rows g and g + 8 of row tile m: real and imaginary part of order 8 m + g; columns are steps.
+__device__ __forceinline__ void write_table(uint4* table, const Complex<Real>* coefficients, int channel,
+                                            int first_order, bool out, int lane) {
+  const int g = lane / 4, c = lane % 4;
+  for (int m = 0; m < 2; ++m) {
+    const Coefficients z(coefficients, channel, first_order + 8 * m + g);
+    for (int k = 0; k < kTimeSteps; ++k) {
+      float re[4], im[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int step = 16 * k + 2 * c + i % 2 + i / 2 * 8;
+        const Complex<Real> e = out ? z.output(step) : z.input(step);
+        re[i] = static_cast<float>(e.re);
+        im[i] = static_cast<float>(e.im);
+      }
+      unsigned parts[4][TERMS];
+      split<TERMS>(re[0], re[1], parts[0]);
+      split<TERMS>(im[0], im[1], parts[1]);
+      split<TERMS>(re[2], re[3], parts[2]);
+      split<TERMS>(im[2], im[3], parts[3]);
+#pragma unroll
+      for (int t = 0; t < TERMS; ++t)
+        table[((m * kTimeSteps + k) * TERMS + t) * 32 + lane] =
+            make_uint4(parts[0][t], parts[1][t], parts[2][t], parts[3][t]);
+    }
+  }
+}
+
+// What each block adds to the state: table (states x steps) times the steps of every block.
+__device__ __forceinline__ void products(float (&u)[2][4][4], const uint4* table, const unsigned* words, int lane) {
+  const int g = lane / 4, c = lane % 4;
+#pragma unroll
+  for (int k = 0; k < kTimeSteps; ++k) {
+    unsigned low[4][kPlanes], high[4][kPlanes];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        const unsigned* w = words + plane * kPlaneWords + word_of_block(8 * (g / 2) + 2 * j + g % 2) + 8 * k + c;
+        low[j][plane] = w[0];
+        high[j][plane] = w[4];
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      unsigned a[TERMS][4];
+#pragma unroll
+      for (int t = 0; t < TERMS; ++t) {
+        uint4 v = table[((m * kTimeSteps + k) * TERMS + t) * 32 + lane];
+        a[t][0] = v.x, a[t][1] = v.y, a[t][2] = v.z, a[t][3] = v.w;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (k == 0)
+          mma_terms<true>(u[m][j], a, low[j], high[j]);
+        else
+          mma_terms<false>(u[m][j], a, low[j], high[j]);
+      }
+    }
+  }
+}
+
+// Block i (0..7) of a lane: column i % 2 of column tile i / 2.
+__device__ __forceinline__ Complex<float> block_of(const float (&u)[4][4], int i) {
+  return {u[i / 2][i % 2], u[i / 2][2 + i % 2]};
+}
+__device__ __forceinline__ void set_block(float (&u)[4][4], int i, Complex<float> z) {
+  u[i / 2][i % 2] = z.re;
+  u[i / 2][2 + i % 2] = z.im;
+}
+
+struct LanePowers {
+  Complex<float> a1, a8, a16, mine;  // A, A^8, A^16, and what is left of the carried state at this lane's first block
+};
+
+// The scan over a lane's 8 blocks and the four lanes of an order, in three steps, each of which is taken for all scans at
+// once, so that one's latency is hidden by the others. BACKWARDS walks from the last block.
+template <bool BACKWARDS>
+__device__ __forceinline__ Complex<float> sum_of_blocks(const float (&u)[4][4], const LanePowers& q) {
+  Complex<float> sum = block_of(u, BACKWARDS ? 7 : 0);
+#pragma unroll
+  for (int i = 1; i < 8; ++i) sum = multiply_add(q.a1, sum, block_of(u, BACKWARDS ? 7 - i : i));
+  return sum;
+}
+
+// The state that the lane's first block starts from, from the sums of the lanes before it.
+template <bool BACKWARDS>
+__device__ __forceinline__ Complex<float> state_of_lane(Complex<float> sum, const LanePowers& q, Complex<float> carry,
+                                                        int c) {
+  const int distance = BACKWARDS ? 3 - c : c;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const Complex<float> other = BACKWARDS ? Complex<float>{shuffle_down(sum.re, 1 << i), shuffle_down(sum.im, 1 << i)}
+                                           : Complex<float>{shuffle_up(sum.re, 1 << i), shuffle_up(sum.im, 1 << i)};
+    const Complex<float> joined = multiply_add(i ? q.a16 : q.a8, other, sum);
+    if (distance >= 1 << i) sum = joined;
+  }
+  Complex<float> state = BACKWARDS ? Complex<float>{shuffle_down(sum.re, 1), shuffle_down(sum.im, 1)}
+                                   : Complex<float>{shuffle_up(sum.re, 1), shuffle_up(sum.im, 1)};
+  if (distance == 0) state = {0, 0};
+  return multiply_add(q.mine, carry, state);
+}
+
+// In place: what every block adds becomes the state that it starts from.
+template <bool BACKWARDS>
+__device__ __forceinline__ void spread(float (&u)[4][4], const LanePowers& q, Complex<float> state) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int at = BACKWARDS ? 7 - i : i;
+    const Complex<float> added = block_of(u, at);
+    set_block(u, at, state);
+    state = multiply_add(q.a1, state, added);
+  }
+}
+
+// The state's terms as a left operand: rows are states, columns the 16 blocks of column tiles 2 k and 2 k + 1.
+__device__ __forceinline__ void left_operand(unsigned (&a)[TERMS][4], const float (&u)[4][4], int k) {
+  unsigned parts[4][TERMS];
+  split<TERMS>(u[2 * k][0], u[2 * k][1], parts[0]);
+  split<TERMS>(u[2 * k][2], u[2 * k][3], parts[1]);
+  split<TERMS>(u[2 * k + 1][0], u[2 * k + 1][1], parts[2]);
+  split<TERMS>(u[2 * k + 1][2], u[2 * k + 1][3], parts[3]);
+#pragma unroll
+  for (int t = 0; t < TERMS; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[t][i] = parts[i][t];
+}
+
+// Right operands with blocks as rows and steps as columns: [column tile of 8 steps][plane].
+__device__ __forceinline__ void transposed(unsigned (&low)[kTimeTiles][kPlanes], unsigned (&high)[kTimeTiles][kPlanes],
+                                           const unsigned* words, int k, int lane) {
+  const int matrix = lane / 8, row = lane % 8;
+  const unsigned* at = words + word_of_block(8 * (row / 2) + 2 * (2 * k + matrix % 2) + row % 2) + 4 * (matrix / 2);
+#pragma unroll
+  for (int plane = 0; plane < kPlanes; ++plane) {
+#pragma unroll
+    for (int j = 0; j < kTimeTiles; j += 2) {
+      unsigned r[4];
+      load_transposed(r, at + plane * kPlaneWords + 4 * j);
+      low[j][plane] = r[0], high[j][plane] = r[1];
+      low[j + 1][plane] = r[2], high[j + 1][plane] = r[3];
+    }
+  }
+}
+
+__device__ __forceinline__ Complex<float> sum_of_four(Complex<float> z) {
+#pragma unroll
+  for (int mask = 1; mask < 4; mask *= 2) {
+    z.re += shuffle_xor(z.re, mask);
+    z.im += shuffle_xor(z.im, mask);
+  }
+  return z;
+}
