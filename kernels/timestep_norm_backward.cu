@@ -10,7 +10,8 @@
 // P and R; (3) dx from the registers of (1). The next tile is loaded before (1) of this one. After the last tile the
 // block adds what its threads have of dweight and dbias, in a fixed order; timestep_norm_parameters adds the blocks'.
 //
-// Precision: float32 within a step, about the saved m; float64 over time, about `pivot`, the last step's m.
+// Precision: float32 within a step, about the saved m; float64 over time, about `pivot`, the last step's m. Both are
+// relative to the carried mean, if there is one.
 //
 // Memory: x and dy are read once, dx is written once, and 8 bytes a step and group are read.
 #include "timestep_norm.cuh"
@@ -101,7 +102,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   // A row of padding hands its state through. (What is needed once is read when it is: registers are scarce.)
   const auto touched = [&] { return !MASKED || p.steps[last] > 0; };
   const auto at_last = [&](const float* gradient) { return gradient ? gradient[sequence] : 0.0f; };
-  const float pivot = p.step_mean[saved];
+  // The saved means are relative to the carried one, if there is one, and so exact where both are large.
+  const float base = count > 0 ? p.mean[sequence] : 0.0f, pivot = p.step_mean[saved];
 
   OverTime time;
   time.totals = p.totals + sequence * tiles;
@@ -127,10 +129,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       next_dy.load(p.dy, span_of(tile + p.blocks), place, step_bytes);
       next_step = load_step(team_start(tile + p.blocks) + place.member);
     }
+    const float mean = base + step.mean;  // rounded
     float means[STEPS], rstds[STEPS], sum[STEPS], product[STEPS];
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
-      means[i] = shuffle(step.mean, place.team_lane + i);
+      means[i] = shuffle(mean, place.team_lane + i);
       rstds[i] = shuffle(step.rstd, place.team_lane + i);
       sum[i] = product[i] = 0;
     }
@@ -181,7 +184,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const double away = static_cast<double>(step.mean) - pivot;
     if (step.rstd >= 0 || step.rstd != step.rstd) {
       const double share = 1.0 / static_cast<double>(count + (MASKED ? step.counted : length - mine)), r = step.rstd;
-      const double dv = -0.5 * r * r * my_product;
+      // The deviations were taken from the rounded mean; this is what that cost their sum.
+      const double rounding = static_cast<double>(base + step.mean) - base - step.mean;
+      const double dv = -0.5 * r * r * (my_product + rounding * r * my_sum);
       sums.first = (-r * my_sum - 2.0 * away * dv) * share;
       sums.second = dv * share;
     }
@@ -191,8 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       const bool through = !touched();
       double dmean = through ? at_last(p.dmean_last) : 0.0, dvar = through ? at_last(p.dvar_last) : 0.0;
       if (!through && count > 0) {
-        const double from_pivot = static_cast<double>(p.mean[sequence]) - pivot;
-        dmean = static_cast<double>(count) * (sums.first + 2.0 * sums.second * from_pivot);
+        dmean = static_cast<double>(count) * (sums.first - 2.0 * sums.second * pivot);  // its own mean is 0 from itself
         dvar = static_cast<double>(count) * sums.second;
       }
       p.dmean[sequence] = static_cast<float>(dmean);
@@ -204,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
       // Asked for again: else the compiler keeps what phase (1) made of them, in registers that are not there.
-      means[i] = shuffle(step.mean, place.team_lane + i);
+      means[i] = shuffle(base + step.mean, place.team_lane + i);
       rstds[i] = shuffle(step.rstd, place.team_lane + i);
       levels[i] = shuffle(level, place.team_lane + i);
       slopes[i] = shuffle(slope, place.team_lane + i);

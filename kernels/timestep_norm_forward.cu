@@ -25,7 +25,7 @@ struct Params {
   long long* last_count;
   float* last_mean;
   float* last_var;
-  float* step_mean;  // (B, L, G), in memory with the strides below
+  float* step_mean;  // (B, L, G), in memory with the strides below; minus the carried mean, if there is one
   float* step_rstd;
   Sums* totals;     // (B * G, tiles)
   unsigned* flags;  // (B * G, tiles), zeros
@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       r = r * (1.5 - 0.5 * wide * r * r);  // to the last bit of float32
       mean = static_cast<float>(m + pivot);
       const long long i = saved + static_cast<long long>(mine) * p.step_stride;
-      p.step_mean[i] = mean;
+      p.step_mean[i] = count > 0 ? static_cast<float>(m) : mean;  // where count > 0 the pivot is the carried mean
       p.step_rstd[i] = static_cast<float>(r);
       if (valid) rstd = static_cast<float>(r);
       if (mine == length - 1) {

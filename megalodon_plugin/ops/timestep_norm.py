@@ -193,7 +193,9 @@ def _forward_impl(
     num_groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, the state after (count, mean, var), and the running mean and 1/std of each step (B, L, G) for the backward."""
+    """y, the state after (count, mean, var), and for the backward pass the running mean of each step, minus the carried
+    one, and its 1/std, both (B, L, G).
+    """
     if x.is_cuda and timestep_norm_cuda.takes(x, weight, num_groups):
         arguments = (x, weight, bias, count, mean, var, padding_mask, num_groups, eps)
         found = backend.available("timestep_norm", x, lambda: timestep_norm_cuda.forward(*arguments))
@@ -218,9 +220,17 @@ def _forward_impl(
             last_count.clone(),
             last_mean,
             last_var,
-            step_mean.to(dtype),
+            (step_mean - _base_of_means(count, mean)).to(dtype),
             step_rstd.to(dtype),
         )
+
+
+def _base_of_means(count: Tensor, mean: Tensor) -> Tensor:
+    """What the saved means of the steps are relative to, float64 (B, 1, G): the carried mean, if there is one.
+
+    So they stay exact where the data lies far from 0, and with them the gradient of the carried state.
+    """
+    return torch.where((count > 0).view(-1, 1, 1), mean.double().unsqueeze(1), 0)
 
 
 def _backward_impl(
@@ -251,6 +261,7 @@ def _backward_impl(
             return found
     with without_autocast(x):
         dtype, groups = compute_dtype(x, weight), step_mean.shape[2]
+        step_mean = (step_mean + _base_of_means(count, mean)).to(dtype)
         features = x.shape[2] // groups
         running, last_count = _running_statistics(x, count, mean, var, padding_mask, groups)
         xg = x.unflatten(2, (groups, -1)).to(dtype)  # (B, L, G, D/G)
