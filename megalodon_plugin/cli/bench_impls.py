@@ -108,7 +108,12 @@ def timestep_norm_plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, ep
     pivot = mean[:, :1].detach()
     mean = mean - pivot
     n = torch.arange(1, x.shape[1] + 1, dtype=weight.dtype, device=x.device).view(1, -1, 1)
-    running_mean = mean.cumsum(1) / n
-    running_var = ((variance + mean * mean).cumsum(1) / n - running_mean * running_mean).clamp(min=0)
+    running_mean = _sums_over_time(mean) / n
+    running_var = (_sums_over_time(variance + mean * mean) / n - running_mean * running_mean).clamp(min=0)
     y = (grouped - (running_mean + pivot).unsqueeze(-1)) * torch.rsqrt(running_var + eps).unsqueeze(-1)
     return (y.flatten(2) * (weight + 1) + bias).to(x.dtype)
+
+
+def _sums_over_time(x: Tensor) -> Tensor:
+    """Cumulative sums of (B, L, G) over L, which stands last meanwhile: compilers make a better scan of it there."""
+    return x.transpose(1, 2).contiguous().cumsum(-1).transpose(1, 2)

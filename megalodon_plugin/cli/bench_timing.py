@@ -124,7 +124,7 @@ def measure(
     sets: list[tuple[list[Tensor], Tensor]],
     device: torch.device,
     seconds: float = 0.4,
-    graph_below_ms: float = 1.0,
+    graph_below_ms: float = 3.0,
 ) -> dict[str, Any]:
     """Times of the forward pass, and of forward and backward together.
 
