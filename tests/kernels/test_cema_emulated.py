@@ -1,7 +1,5 @@
 """The CEMA kernels, run thread by thread on a CPU, against the definition in float64."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -124,4 +122,3 @@ def test_a_division_covers_every_row_and_tile() -> None:
                 d = cema_cuda.divide_pass(batch, tiles, channel_groups, 132)
                 assert d.segments * d.segment_tiles >= tiles > (d.segments - 1) * d.segment_tiles
                 assert 1 <= d.rows <= batch
-    assert math.isclose(cema_cuda.divide_pass(8, 8, 256, 132).rows, 8, abs_tol=7)
