@@ -15,6 +15,7 @@ from .config import MegalodonConfig
 from .init import init_linear
 from .norm import RMSNorm, TimestepNorm, at_least_float32
 from .rotary import Rotary
+from .seams import Read, whole
 from .state import LayerState
 
 
@@ -27,7 +28,8 @@ class QueryKey(nn.Module):
 
     def __init__(self, cfg: MegalodonConfig):
         super().__init__()
-        self.n_heads, self.head_dim, self.eps = cfg.n_heads, cfg.qk_head_dim, cfg.norm_eps
+        self.head_dim, self.eps = cfg.qk_head_dim, cfg.norm_eps
+        self.read: Read = whole
         self.gamma = nn.Parameter(torch.zeros(2, cfg.z_dim))
         self.beta = nn.Parameter(torch.zeros(2, cfg.z_dim))
         self.rotary = Rotary(cfg.qk_head_dim, cfg.chunk_size, cfg.rope_theta)
@@ -37,10 +39,10 @@ class QueryKey(nn.Module):
         nn.init.zeros_(self.beta)
 
     def forward(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        heads = at_least_float32(z).unflatten(2, (self.n_heads, self.head_dim))
+        heads = at_least_float32(z).unflatten(2, (-1, self.head_dim))  # all heads, or those of this rank
         heads = F.rms_norm(heads, (self.head_dim,), None, self.eps)
-        gain = ((self.gamma + 1) / math.sqrt(self.head_dim)).unflatten(1, (self.n_heads, self.head_dim))
-        shift = self.beta.unflatten(1, (self.n_heads, self.head_dim))
+        gain = ((self.read(self.gamma) + 1) / math.sqrt(self.head_dim)).unflatten(1, (-1, self.head_dim))
+        shift = self.read(self.beta).unflatten(1, (-1, self.head_dim))
         q, k = (self.rotary(heads * gain[row] + shift[row], positions).to(z.dtype) for row in (0, 1))
         return q, k
 
@@ -81,12 +83,13 @@ class MegalodonAttention(nn.Module):
         """The block on a piece (B, L, D) after `state`; `position` (B,) timesteps come before it (None: none do)."""
         cfg = self.cfg
         t, norm_state = self.timestep_norm(x, None if state is None else state.norm)
-        e, h = self.cema(t, None if state is None else state.h, return_state)
+        started = self.cema.start(t)
+        v = F.silu(self.wv(t)).unflatten(2, (-1, cfg.value_head_dim))  # (B, L, H, V/H)
+        e, h = self.cema(t, None if state is None else state.h, return_state, started)
         m = self._hidden_dropout(self.rms_norm(e))
         steps = torch.arange(x.shape[1], device=x.device)
         positions = (steps if position is None else position.unsqueeze(1) + steps) % cfg.chunk_size
         q, k = self.qk(self.wz(m), positions)  # (B, L, H, Z/H)
-        v = F.silu(self.wv(t)).unflatten(2, (cfg.n_heads, cfg.value_head_dim))  # (B, L, H, V/H)
         r = F.silu(self.wr(m))  # (B, L, V)
         if state is None:
             attended = self._attend(q, k, v)

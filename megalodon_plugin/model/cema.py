@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from megalodon_plugin.ops import cema
+from megalodon_plugin.ops.cema_slice import CemaParameters
 
 from .init import init_theta
+from .seams import CemaPrefix, Read, whole
 
 
 class CEMA(nn.Module):
@@ -17,6 +19,8 @@ class CEMA(nn.Module):
     def __init__(self, dim: int, order: int, cema_input: str, layer_id: int):
         super().__init__()
         self.cema_input, self.layer_id = cema_input, layer_id
+        self.read: Read = whole
+        self.prefix: CemaPrefix | None = None
         self.alpha = nn.Parameter(torch.zeros(dim, order, 1))
         self.delta = nn.Parameter(torch.zeros(dim, order, 1))
         self.theta = nn.Parameter(torch.zeros(dim, 1, 1))
@@ -31,15 +35,23 @@ class CEMA(nn.Module):
         self.gamma[..., 1].zero_()
         nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
 
-    def forward(self, x: Tensor, h0: Tensor | None = None, return_state: bool = False) -> tuple[Tensor, Tensor | None]:
-        return cema(
-            x,
-            self.alpha,
-            self.delta,
-            self.theta,
-            self.gamma,
-            self.omega,
-            h0=h0,
-            return_state=return_state,
-            cema_input=self.cema_input,
-        )
+    def start(self, x: Tensor) -> Tensor | None:
+        """Start what `forward` needs from other ranks; independent work may be done before it is called."""
+        return None if self.prefix is None else self.prefix.start(x, self._parameters_here())
+
+    def forward(
+        self, x: Tensor, h0: Tensor | None = None, return_state: bool = False, started: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`ops.cema`; `started` is what `start` returned for the same x."""
+        parameters = self._parameters_here()
+        if self.prefix is None or started is None:
+            return cema(x, *parameters[:5], h0=h0, return_state=return_state, cema_input=self.cema_input)
+        assert h0 is None and not return_state
+        h0 = self.prefix.before(started, parameters, x.shape[1])
+        y, h_last = cema(x, *parameters[:5], h0=h0, return_state=True, cema_input=self.cema_input)
+        assert h_last is not None
+        return self.prefix.after(y, h_last, parameters), None
+
+    def _parameters_here(self) -> CemaParameters:
+        tensors = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
+        return CemaParameters(*(self.read(p) for p in tensors), self.cema_input == "paper")

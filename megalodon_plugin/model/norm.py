@@ -5,6 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon_plugin.ops import NormState, timestep_norm
+from megalodon_plugin.ops.norm_summary import norm_summary
+
+from .seams import NormPrefix, Read, whole
 
 
 class TimestepNorm(nn.Module):
@@ -13,6 +16,8 @@ class TimestepNorm(nn.Module):
     def __init__(self, dim: int, num_groups: int, eps: float):
         super().__init__()
         self.num_groups, self.eps = num_groups, eps
+        self.read: Read = whole
+        self.prefix: NormPrefix | None = None
         self.weight = nn.Parameter(torch.zeros(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
@@ -23,7 +28,11 @@ class TimestepNorm(nn.Module):
     def forward(
         self, x: Tensor, state: NormState | None = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, NormState]:
-        return timestep_norm(x, self.weight, self.bias, self.num_groups, self.eps, state, padding_mask)
+        if self.prefix is not None:
+            assert state is None and padding_mask is None
+            state = self.prefix(norm_summary(x, self.num_groups, self.weight.dtype))
+        weight, bias = self.read(self.weight), self.read(self.bias)
+        return timestep_norm(x, weight, bias, self.num_groups, self.eps, state, padding_mask)
 
 
 class RMSNorm(nn.Module):
@@ -32,6 +41,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, affine: bool):
         super().__init__()
         self.dim, self.eps = dim, eps
+        self.read: Read = whole
         self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def init_weights(self) -> None:
@@ -39,7 +49,7 @@ class RMSNorm(nn.Module):
             nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = None if self.weight is None else self.weight + 1
+        gain = None if self.weight is None else self.read(self.weight) + 1
         return F.rms_norm(at_least_float32(x), (self.dim,), gain, self.eps).to(x.dtype)
 
 
@@ -49,6 +59,7 @@ class LayerNorm(nn.Module):
     def __init__(self, dim: int, eps: float, affine: bool):
         super().__init__()
         self.dim, self.eps = dim, eps
+        self.read: Read = whole
         self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
@@ -57,8 +68,9 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = None if self.weight is None else self.weight + 1
-        return F.layer_norm(at_least_float32(x), (self.dim,), gain, self.bias, self.eps).to(x.dtype)
+        gain = None if self.weight is None else self.read(self.weight) + 1
+        shift = None if self.bias is None else self.read(self.bias)
+        return F.layer_norm(at_least_float32(x), (self.dim,), gain, shift, self.eps).to(x.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

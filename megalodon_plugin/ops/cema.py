@@ -113,26 +113,7 @@ def _check(x, alpha, delta, theta, gamma, omega, h0, cema_input) -> None:
         raise ValueError(f"`cema_input` must be one of {CEMA_INPUTS}, but is {cema_input!r}")
 
 
-def _split(length: int) -> int:
-    """Steps in whole blocks; the rest forms one shorter block of its own, so padding never decays the state."""
-    return length - length % blocks.BLOCK
-
-
-def _start(x: Tensor, alpha: Tensor, h0: Tensor | None) -> Tensor:
-    """The incoming state as complex (D, B, N) in the compute dtype."""
-    dtype = compute_dtype(x, alpha)
-    if h0 is None:
-        return torch.complex(*[x.new_zeros(x.shape[2], x.shape[0], alpha.shape[1], dtype=dtype)] * 2)
-    # A complex view would need memory aligned to twice a real number's size, which a mapped file does not give.
-    return torch.complex(*h0.to(dtype).transpose(0, 1).unbind(-1))
-
-
-def _to_state(h: Tensor, dtype: torch.dtype) -> Tensor:
-    """complex (D, B, N) -> (B, D, N, 2)"""
-    return torch.view_as_real(h.transpose(0, 1).contiguous()).to(dtype)
-
-
-def _plan(x: Tensor, alpha: Tensor) -> cema_cuda.Plan | None:
+def kernel_plan(x: Tensor, alpha: Tensor) -> cema_cuda.Plan | None:
     """The kernels' variant for this call, or None where PyTorch code runs. Nothing but shapes and dtypes decides."""
     if not x.is_cuda or alpha.dtype != torch.float32 or backend.kernels_mode() == "off":
         return None
@@ -155,7 +136,7 @@ def _forward_impl(
     rotate_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and states inside the sequence that the backward pass of the kernels starts from."""
-    plan = _plan(x, alpha)
+    plan = kernel_plan(x, alpha)
     if plan is not None and x.numel():
         parameters = (alpha, delta, theta, gamma, omega)
         found = backend.available("cema", x, lambda: cema_cuda.forward(plan, x, parameters, h0, rotate_input))
@@ -169,13 +150,13 @@ def _forward_impl(
 def _torch_forward(x, alpha, delta, theta, gamma, omega, h0, rotate_input) -> tuple[Tensor, Tensor]:
     with without_autocast(x):
         c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
-        h, dtype, whole = _start(x, alpha, h0), compute_dtype(x, alpha), _split(x.shape[1])
+        h, dtype, whole = blocks.start_state(x, alpha, h0), compute_dtype(x, alpha), blocks.split(x.shape[1])
         outputs = []
         for piece, block in ((x[:, :whole], blocks.BLOCK), (x[:, whole:], x.shape[1] - whole)):
             if piece.shape[1]:
                 y, h = blocks.slice_forward(piece, h, blocks.make_tables(c, omega[:, 0], block, dtype))
                 outputs.append(y)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), _to_state(h, alpha.dtype)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), blocks.to_state(h, alpha.dtype)
 
 
 def _backward_impl(
@@ -192,7 +173,7 @@ def _backward_impl(
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dalpha, ddelta, dtheta, dgamma, domega, dh0. States between the kept ones are made again, not stored."""
-    plan = _plan(x, alpha)
+    plan = kernel_plan(x, alpha)
     parameters = (alpha, delta, theta, gamma, omega)
     if plan is not None and x.numel() and kept.shape[0] == plan.kept_states(x.shape[1]):
         found = backend.available(
@@ -207,8 +188,8 @@ def _torch_backward(dy, dh_last, x, parameters, h0, rotate_input):
     alpha, delta, theta, gamma, omega = parameters
     with without_autocast(x):
         c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
-        dtype, whole = compute_dtype(x, alpha), _split(x.shape[1])
-        h, dh = _start(x, alpha, h0), _start(x, alpha, dh_last)
+        dtype, whole = compute_dtype(x, alpha), blocks.split(x.shape[1])
+        h, dh = blocks.start_state(x, alpha, h0), blocks.start_state(x, alpha, dh_last)
         dxs: list[Tensor] = []
         total = None
         rest = x.shape[1] - whole
@@ -231,7 +212,7 @@ def _torch_backward(dy, dh_last, x, parameters, h0, rotate_input):
             dtheta.to(alpha.dtype),
             dgamma.to(alpha.dtype),
             total.omega.unsqueeze(-1).to(alpha.dtype),
-            _to_state(dh, alpha.dtype),
+            blocks.to_state(dh, alpha.dtype),
         )
 
 
@@ -242,7 +223,7 @@ _cema_backward_op = define_op("cema_backward", _backward_impl)
 @torch.library.register_fake("megalodon::cema")
 def _(x, alpha, delta, theta, gamma, omega, h0, rotate_input):
     state = alpha.new_empty(x.shape[0], x.shape[2], alpha.shape[1], 2)
-    return x.new_empty(x.shape), state, alpha.new_empty(_kept_shape(x, alpha, _plan(x, alpha)))
+    return x.new_empty(x.shape), state, alpha.new_empty(_kept_shape(x, alpha, kernel_plan(x, alpha)))
 
 
 @torch.library.register_fake("megalodon::cema_backward")

@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import compute_dtype
+
 BLOCK = 64  # steps: the products inside a block cost T, those with the state 4N multiply-adds an element; N is 16
 
 
@@ -204,17 +206,27 @@ def slice_state(x: Tensor, h: Tensor, t: Tables) -> Tensor:
     return _states_before(to_blocks(x, t.toeplitz.shape[1], t.toeplitz.dtype), h, t, x.shape[0])[1]
 
 
+def _state_grads(dyb: Tensor, dh_last: Tensor, t: Tables, batch: int) -> tuple[Tensor, Tensor]:
+    """Gradients of the states that leave every block, complex (D, B, blocks, N), and of the one before the first."""
+    # They run backwards by the same scan: what enters is dh_last, what each block adds is conj(C) dy.
+    added = to_complex(torch.bmm(dyb, t.out.transpose(1, 2)), batch)
+    conj_log_a = t.log_a.conj_physical()
+    entering = torch.cat([dh_last.unsqueeze(2), added[:, :, 1:].flip(2)], 2)
+    lam = scan(entering, conj_log_a).flip(2)  # (D, B, blocks, N)
+    return lam, torch.exp(conj_log_a).to(lam.dtype)[:, None] * lam[:, :, 0] + added[:, :, 0]
+
+
+def slice_state_grad(dy: Tensor, dh_last: Tensor, t: Tables) -> Tensor:
+    """The gradient of the state before a slice, as `slice_backward` has it, without the others."""
+    return _state_grads(to_blocks(dy, t.toeplitz.shape[1], t.toeplitz.dtype), dh_last, t, dy.shape[0])[1]
+
+
 def slice_backward(dy: Tensor, dh_last: Tensor, x: Tensor, h: Tensor, c: Coefficients, t: Tables):
     """Gradients of `slice_forward`: dx (B, L, D), dh complex (D, B, N), and those of the coefficients."""
     batch, block, dtype = x.shape[0], t.toeplitz.shape[1], t.toeplitz.dtype
     xb, dyb = to_blocks(x, block, dtype), to_blocks(dy, block, dtype)
     before, _ = _states_before(xb, h, t, batch)
-    # The state's gradient runs backwards by the same scan: what enters is dh_last, what each block adds is conj(C) dy.
-    added = to_complex(torch.bmm(dyb, t.out.transpose(1, 2)), batch)
-    conj_log_a = t.log_a.conj_physical()
-    entering = torch.cat([dh_last.unsqueeze(2), added[:, :, 1:].flip(2)], 2)
-    lam = scan(entering, conj_log_a).flip(2)  # (D, B, blocks, N), the gradient of the state that leaves each block
-    dh = torch.exp(conj_log_a).to(lam.dtype)[:, None] * lam[:, :, 0] + added[:, :, 0]
+    lam, dh = _state_grads(dyb, dh_last, t, batch)
     lam_pairs = to_pairs(lam)
     dx = torch.baddbmm(torch.bmm(dyb, t.toeplitz.transpose(1, 2)), lam_pairs, t.into.transpose(1, 2))
     grads = table_grads(
@@ -226,3 +238,22 @@ def slice_backward(dy: Tensor, dh_last: Tensor, x: Tensor, h: Tensor, c: Coeffic
         (lam * before.conj_physical()).sum((1, 2)).to(c.p.dtype),
     )
     return from_blocks(dx, batch, x.dtype), dh, grads
+
+
+def split(length: int) -> int:
+    """Steps in whole blocks; the rest forms one shorter block of its own, so padding never decays the state."""
+    return length - length % BLOCK
+
+
+def start_state(x: Tensor, alpha: Tensor, h0: Tensor | None) -> Tensor:
+    """The incoming state (B, D, N, 2), None for an empty one, as complex (D, B, N) in the compute dtype."""
+    dtype = compute_dtype(x, alpha)
+    if h0 is None:
+        return torch.complex(*[x.new_zeros(x.shape[2], x.shape[0], alpha.shape[1], dtype=dtype)] * 2)
+    # A complex view would need memory aligned to twice a real number's size, which a mapped file does not give.
+    return torch.complex(*h0.to(dtype).transpose(0, 1).unbind(-1))
+
+
+def to_state(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """complex (D, B, N) -> (B, D, N, 2)"""
+    return torch.view_as_real(h.transpose(0, 1).contiguous()).to(dtype)

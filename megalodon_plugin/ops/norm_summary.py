@@ -1,0 +1,72 @@
+"""TimestepNorm on one of several consecutive slices of time: the statistics of the slice alone.
+
+A running mean and variance after n steps are the mean and population variance of all n F numbers of the group, so a
+slice's statistics need no walk over time; `timestep_norm.merge_norm_states` joins those of two slices.
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import check_activation, compute_dtype, without_autocast
+from .register import define_gradient, define_op
+from .timestep_norm import NormState
+
+
+def norm_summary(x: Tensor, num_groups: int, dtype: torch.dtype) -> NormState:
+    """The state that TimestepNorm leaves after x alone, from count 0; differentiable in mean and var.
+
+    Args:
+        x: (B, L, D), bfloat16, float32 or float64.
+        num_groups: G, divides D.
+        dtype: that of mean and var: float32, or float64 in a float64 model.
+    """
+    check_activation("x", x, 3)
+    mean, var = _summary_op(x, num_groups, dtype)
+    count = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+    return NormState(count, mean, var)
+
+
+def _forward_impl(x: Tensor, num_groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    with without_autocast(x):
+        grouped = x.unflatten(2, (num_groups, -1)).to(compute_dtype(x))  # (B, L, G, F)
+        # By steps first, then over time in float64: neither the length nor data far from 0 costs accuracy.
+        step_var, step_mean = torch.var_mean(grouped, -1, correction=0)
+        var_of_means, mean = torch.var_mean(step_mean.double(), 1, correction=0)
+        return mean.to(dtype), (step_var.double().mean(1) + var_of_means).to(dtype)
+
+
+def _backward_impl(dmean: Tensor, dvar: Tensor, x: Tensor, mean: Tensor, num_groups: int) -> Tensor:
+    """dx = (dmean + 2 (x - mean) dvar) / (L F)"""
+    with without_autocast(x):
+        dtype = compute_dtype(x)
+        grouped = x.unflatten(2, (num_groups, -1)).to(dtype)
+        scale = 1 / (grouped.shape[1] * grouped.shape[3])
+        centred = grouped - mean[:, None, :, None].to(dtype)
+        dx = (dmean * scale)[:, None, :, None] + centred * (2 * scale * dvar)[:, None, :, None]
+        return dx.flatten(2).to(x.dtype)
+
+
+_summary_op = define_op("norm_summary", _forward_impl)
+_summary_backward_op = define_op("norm_summary_backward", _backward_impl)
+
+
+@torch.library.register_fake("megalodon::norm_summary")
+def _(x, num_groups, dtype):
+    return x.new_empty(x.shape[0], num_groups, dtype=dtype), x.new_empty(x.shape[0], num_groups, dtype=dtype)
+
+
+@torch.library.register_fake("megalodon::norm_summary_backward")
+def _(dmean, dvar, x, mean, num_groups):
+    return x.new_empty(x.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, ctx.num_groups, _ = inputs
+    ctx.save_for_backward(x, output[0])
+
+
+def _backward(ctx, dmean: Tensor, dvar: Tensor):
+    return _summary_backward_op(dmean, dvar, *ctx.saved_tensors, ctx.num_groups), None, None
+
+
+define_gradient(_summary_op, _save_for_backward, _backward)

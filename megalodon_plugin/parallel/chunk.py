@@ -1,0 +1,160 @@
+"""Chunk parallelism: every rank holds the same slice of time of every row, whole chunks, and the ranks stand in order.
+
+Attention stays inside chunks, so it is local. TimestepNorm and CEMA need what all earlier slices leave. Each rank makes a
+small summary of its own slice, one all-gather brings all of them to everyone, and each folds those before it, in a fixed
+order. Nobody waits for a chain: the paper's own scheme passes the state from rank to rank instead (arXiv 2404.08801,
+section 3.4).
+
+| | summary, float32 | backward |
+|---|---|---|
+| TimestepNorm | mean and variance, 2 B G numbers | gradient of the statistics before each slice, 2 B G |
+| CEMA | hidden state, 2 B D N | gradient of the state before each slice from its own output, 2 B D N |
+
+CEMA's exchange runs while the block computes its values, which do not need CEMA. TimestepNorm's cannot hide, for
+everything in the block needs its output.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megalodon_plugin.model.cema import CEMA
+from megalodon_plugin.model.norm import TimestepNorm
+from megalodon_plugin.ops import NormState
+from megalodon_plugin.ops.cema_slice import CemaParameters, cema_fold, cema_summary, cema_summary_grad
+from megalodon_plugin.ops.register import define_op
+
+from .collectives import Ranks, start_gather, wait
+
+
+def check_chunk_parallel(seq_len: int, chunk_size: int, degree: int, names: tuple[str, str, str]) -> None:
+    """Raise ValueError unless `degree` ranks can share rows of `seq_len` tokens in whole chunks.
+
+    `names` are what the user calls the length, the chunk and the degree.
+    """
+    length_name, chunk_name, degree_name = names
+    if degree == 1 or seq_len % (chunk_size * degree) == 0:
+        return
+    step = chunk_size * degree
+    lengths = [n for n in (seq_len // step * step, (seq_len // step + 1) * step) if n]
+    chunks = -(-seq_len // chunk_size)
+    degrees = [n for n in range(1, chunks + 1) if seq_len % (chunk_size * n) == 0]
+    fitting = f", or `{degree_name}` = {' or '.join(map(str, degrees))}" if degrees else ""
+    raise ValueError(
+        f"`{length_name}` must be a multiple of `{chunk_name}` x `{degree_name}` = {chunk_size} x {degree} = {step}, so "
+        f"that every rank holds whole chunks, but is {seq_len}; what would work: "
+        f"`{length_name}` = {' or '.join(map(str, lengths))}{fitting}"
+    )
+
+
+def apply_chunk_parallel(model: nn.Module, ranks: Ranks) -> None:
+    """Make every TimestepNorm and CEMA of the model take its prefix from the ranks before this one."""
+    for module in model.modules():
+        if isinstance(module, TimestepNorm):
+            module.prefix = RanksNormPrefix(ranks)
+        elif isinstance(module, CEMA):
+            module.prefix = RanksCemaPrefix(ranks)
+
+
+def _gather_impl(summary: Tensor, size: int, name: str) -> Tensor:
+    return start_gather(summary.unsqueeze(0), Ranks(size, 0, name))
+
+
+# An op of its own, so that activation checkpointing can keep these small results and not every other gather's.
+gather_summaries = define_op("gather_summaries", _gather_impl)
+
+
+@torch.library.register_fake("megalodon::gather_summaries")
+def _(summary, size, name):
+    return summary.new_empty(size, *summary.shape)
+
+
+class RanksNormPrefix:
+    """`NormPrefix` over ranks: the statistics of all slices before this rank's."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+
+    def __call__(self, summary: NormState) -> NormState:
+        ranks = self.ranks
+        own = torch.stack([summary.mean, summary.var])
+        mean, var = _NormExchange.apply(own, ranks.size, ranks.rank, ranks.name).unbind(0)
+        return NormState(summary.count * ranks.rank, mean, var)
+
+
+class _NormExchange(torch.autograd.Function):
+    """(2, B, G) mean and variance of every rank's slice -> those of everything before this rank's slice."""
+
+    @staticmethod
+    def forward(ctx, summary: Tensor, size: int, rank: int, name: str) -> Tensor:
+        summaries = wait(gather_summaries(summary, size, name))  # (P, 2, B, G)
+        ctx.size, ctx.rank, ctx.name = size, rank, name
+        ctx.save_for_backward(summaries)
+        return _fold_norms(summaries, rank)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (summaries,) = ctx.saved_tensors
+        grads = wait(gather_summaries(grad, ctx.size, ctx.name))  # (P, 2, B, G): of every rank's prefix
+        return _fold_norm_grads(summaries, grads, ctx.rank), None, None, None
+
+
+def _fold_norms(summaries: Tensor, rank: int) -> Tensor:
+    """Mean and variance (2, B, G) of slices 0 .. rank - 1, which are equally long; zeros before the first.
+
+    mean = average of mean_k,  var = average of var_k + (mean_k - mean)^2.
+    """
+    if rank == 0:
+        return torch.zeros_like(summaries[0])
+    means, variances = summaries[:rank].double().unbind(1)
+    mean = means.mean(0)
+    return torch.stack([mean, (variances + (means - mean).square()).mean(0)]).to(summaries.dtype)
+
+
+def _fold_norm_grads(summaries: Tensor, grads: Tensor, rank: int) -> Tensor:
+    """Gradient (2, B, G) of slice `rank`'s mean and variance from those of the prefixes of all later slices.
+
+    Of the prefix of n slices, with gradient (dm, dv):   dmean_k = (dm + 2 (mean_k - m) dv) / n,   dvar_k = dv / n.
+    """
+    total = torch.zeros_like(grads[0], dtype=torch.float64)
+    means = summaries[:, 0].double()
+    for later in range(rank + 1, summaries.shape[0]):
+        dmean, dvar = grads[later].double().unbind(0)
+        centred = means[rank] - means[:later].mean(0)
+        total = total + torch.stack([dmean + 2 * centred * dvar, dvar]) / later
+    return total.to(grads.dtype)
+
+
+class RanksCemaPrefix:
+    """`CemaPrefix` over ranks."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+
+    def start(self, x: Tensor, parameters: CemaParameters) -> Tensor:
+        with torch.no_grad():
+            return gather_summaries(cema_summary(x, parameters), self.ranks.size, self.ranks.name)
+
+    def before(self, pending: Tensor, parameters: CemaParameters, length: int) -> Tensor:
+        with torch.no_grad():
+            return cema_fold(wait(pending), parameters, length, self.ranks.rank)
+
+    def after(self, y: Tensor, h_last: Tensor, parameters: CemaParameters) -> Tensor:
+        ranks = self.ranks
+        return _CemaAfter.apply(y, h_last, ranks.size, ranks.rank, ranks.name, *parameters)
+
+
+class _CemaAfter(torch.autograd.Function):
+    """y, and backward the gradient that the later slices have for the state this slice leaves."""
+
+    @staticmethod
+    def forward(ctx, y, h_last, size, rank, name, alpha, delta, theta, gamma, omega, rotate_input):
+        ctx.size, ctx.rank, ctx.name, ctx.rotate_input = size, rank, name, rotate_input
+        ctx.save_for_backward(alpha, delta, theta, gamma, omega)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[override]
+        parameters = CemaParameters(*ctx.saved_tensors, ctx.rotate_input)
+        gathered = wait(gather_summaries(cema_summary_grad(dy, parameters), ctx.size, ctx.name))
+        dh_last = cema_fold(gathered, parameters, dy.shape[1], ctx.rank, reverse=True)
+        return dy, dh_last, *[None] * 9
