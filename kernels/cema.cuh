@@ -43,6 +43,26 @@ __device__ __forceinline__ Complex<To> convert(Complex<From> z) {
   return {static_cast<To>(z.re), static_cast<To>(z.im)};
 }
 
+__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+
+// q = (1 - a d) e^{i angle} of one order n = 0 .. N-1 of one channel, in float64: the phase of q^t is what a float32
+// power loses first.
+struct Transition {
+  double a;          // sigmoid(alpha)
+  double log_decay;  // log |q|
+  double turn;       // angle / pi
+  __device__ __forceinline__ Transition(float alpha, float delta, float theta, int n, int order) : a(sigmoid(alpha)) {
+    log_decay = log(fmax(1.0 - a * sigmoid(delta), 1e-15));  // a d may round to 1
+    turn = sigmoid(theta) * 2.0 / order * (n + 1);
+  }
+  // q^steps. A product of two float64 numbers, so the phase is right to 1e-16 of the turns made, also after 2^20 steps.
+  __device__ __forceinline__ Complex<double> power(double steps) const {
+    double s, c, magnitude = exp(log_decay * steps);
+    sincospi(turn * steps, &s, &c);
+    return {magnitude * c, magnitude * s};
+  }
+};
+
 // Of each channel and order, (D, kSlots, ORDERS), made by cema_prepare in float64 and rounded once.
 enum Slot {
   kP,             // p, the input coefficient

@@ -23,8 +23,6 @@ struct Params {
   int rotate_input;
 };
 
-__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
-
 extern "C" __global__ void __launch_bounds__(256) cema_finish(const __grid_constant__ Params p) {
   const int index = blockIdx.x * 256 + threadIdx.x;
   const int channel = index / ORDERS, n = index % ORDERS;

@@ -17,6 +17,9 @@
 // side by side in an accumulator, so the scan over blocks is arithmetic on registers with three shuffles up, and the
 // states' bfloat16 terms are at once the left operand of the product with the out table.
 //
+// With SUMMARY it walks without an output: each segment leaves the state that it makes of a zero one (its conjugate in
+// REVERSE, as everywhere inside).
+//
 // Precision: tables and states are split into TERMS bfloat16 terms, sums are float32. For bfloat16 activations the carried
 // state joins the first block's and goes through the scan. For float32 ones it is a float64 number beside the scan and
 // decays by A^16, made in float64, so that a slow decay does not gather the rounding of every tile.
@@ -32,7 +35,7 @@ __device__ __forceinline__ int word_of_block(int block) { return block * kBlockW
 
 struct Params {
   const char* x;
-  char* y;                            // null: only the state is wanted
+  char* y;                            // not with SUMMARY
   const Complex<Real>* coefficients;  // (D, kSlots, ORDERS)
   const Real* lags;                   // (D, T)
   const Complex<float>* state_in;     // (B, D, N), null is zero
@@ -47,6 +50,7 @@ struct Params {
   int segment_tiles;
 };
 
+constexpr bool kWrites = !SUMMARY;
 constexpr int kStateTiles = ORDERS / 4;   // accumulators of the states, 8 columns each: 4 orders
 constexpr int kStateSteps = ORDERS / 8;   // steps of 16 in the product with the out table
 constexpr int kOutTiles = BLOCK / 8;
@@ -106,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
   OutEntry out_table[kOutEntries];
 #endif
 #pragma unroll
-  for (int k = 0; k < kStateSteps; ++k) {
+  for (int k = 0; k < kStateSteps && kWrites; ++k) {
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) {
       const Coefficients z0(p.coefficients, known, 8 * k + c), z1(p.coefficients, known, 8 * k + 4 + c);
@@ -126,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
   // A Toeplitz matrix has few different 8 x 8 pieces: one for each distance of 8 steps, and the zero beside them.
   unsigned toeplitz[kOutTiles + 1][TERMS] = {};
 #pragma unroll
-  for (int distance = 0; distance < kOutTiles; ++distance) {
+  for (int distance = 0; distance < kOutTiles && kWrites; ++distance) {
     float v[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -170,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
       const bool there = holds && real && 4 * j + c < p.order;
       const long long at = row * states_of_row + state_at + 4 * j;
       Complex<float> h = {0, 0};
-      if (there && p.summaries && segment > 0 && p.y) {
+      if (there && p.summaries && segment > 0 && kWrites) {
         // The first segment's summary is its whole outgoing state. Every segment from there to here has the same length,
         // in either direction.
         const long long stride = p.batch * states_of_row;
@@ -187,13 +191,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
     }
   };
   auto finish_row = [&](int row) {
-    Complex<float>* to = p.y ? (segment == p.segments - 1 ? p.state_out : nullptr) : p.summaries;
+    Complex<float>* to = kWrites ? (segment == p.segments - 1 ? p.state_out : nullptr) : p.summaries;
     if (!to || g != 0 || !real) return;
-    to += ((p.y ? 0 : segment * static_cast<long long>(p.batch)) + row) * states_of_row + state_at;
+    to += ((kWrites ? 0 : segment * static_cast<long long>(p.batch)) + row) * states_of_row + state_at;
 #pragma unroll
     for (int j = 0; j < kStateTiles; ++j) {
       Complex<float> h = convert<float>(carry[j]);
-      if (REVERSE && p.y) h.im = -h.im;
+      if (REVERSE && kWrites) h.im = -h.im;
       if (4 * j + c < p.order) to[4 * j] = h;
     }
   };
@@ -220,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
         // A thread writes the words that it has just read, so the buffer passes from one tile to the next without a
         // barrier.
         if (i > 0) {
-          if (p.y) store_tile(leaving, other);
+          if (kWrites) store_tile(leaving, other);
           leaving.advance(tiles);
         }
         if (i + 1 < total) {
@@ -235,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
       unsigned* words = buffer + warp * kChannelWords;
       if (current.walked == 0) start_row(current.row);
       const int later = REVERSE ? here + 1 : here;  // the first tile after the edge that the walk stands at
-      if (p.boundaries && later % kTilesPerGroup == 0 && later > 0 && later < all_tiles)
+      if (kWrites && p.boundaries && later % kTilesPerGroup == 0 && later > 0 && later < all_tiles)
         keep_states(current.row, later / kTilesPerGroup - 1);
 
       unsigned x[kTimeSteps][kPlanes][4];
@@ -262,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
 
       float y[kOutTiles][4];
 #pragma unroll
-      for (int j = 0; j < kOutTiles; ++j) {
+      for (int j = 0; j < kOutTiles && kWrites; ++j) {
         bool fresh = true;
 #pragma unroll
         for (int k = 0; k < kTimeSteps; ++k) {
@@ -342,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
           states[j / 2][t][j % 2 * 2 + 1] = odd[t];
         }
       }
-      if (p.y) {
+      if (kWrites) {
 #pragma unroll
         for (int k = 0; k < kStateSteps; ++k) {
 #pragma unroll

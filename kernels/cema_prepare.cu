@@ -4,7 +4,7 @@
 //   p = a or a e^{i angle},  g = gamma sqrt(1/N),  k_l = Re sum_n p g q^l  (omega joins k_0)
 //
 // One thread owns one order of one channel; the ORDERS neighbouring lanes of a channel add up k_l by shuffles. All in
-// float64: the phase of q^t is what a float32 power loses first. Orders beyond N get p = q = g = 0 and add nothing.
+// float64. Orders beyond N get p = q = g = 0 and add nothing.
 constexpr int kWarpsOfChannel = 1;
 #include "cema.cuh"
 
@@ -22,26 +22,23 @@ struct Params {
   int rotate_input;
 };
 
-__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
-
 extern "C" __global__ void __launch_bounds__(256) cema_prepare(const __grid_constant__ Params p) {
   int index = blockIdx.x * 256 + threadIdx.x;
   int channel = index / ORDERS, n = index % ORDERS;
   bool real = channel < p.dim && n < p.order;
-  Complex<double> in = {0, 0}, q = {0, 0}, g = {0, 0};
-  double log_decay = 0, turn = 0;
+  Complex<double> in = {0, 0}, q = {0, 0}, g = {0, 0}, segment = {0, 0};
   if (real) {
     long long at = static_cast<long long>(channel) * p.order + n;
-    double a = sigmoid(p.alpha[at]), d = sigmoid(p.delta[at]);
-    turn = sigmoid(p.theta[channel]) * 2.0 / p.order * (n + 1);  // angle / pi
+    const Transition transition(p.alpha[at], p.delta[at], p.theta[channel], n, p.order);
+    const double a = transition.a;
     double s, c;
-    sincospi(turn, &s, &c);
-    double decay = fmax(1.0 - a * d, 1e-15);  // a d may round to 1
-    log_decay = log(decay);
+    sincospi(transition.turn, &s, &c);
+    double decay = exp(transition.log_decay);
     q = {decay * c, decay * s};
     in = p.rotate_input ? Complex<double>{a * c, a * s} : Complex<double>{a, 0};
     double scale = sqrt(1.0 / p.order);
     g = {p.gamma[2 * at] * scale, p.gamma[2 * at + 1] * scale};
+    segment = transition.power(static_cast<double>(p.segment));
   }
   Complex<double> powers[9];
   powers[0] = {real ? 1.0 : 0.0, 0};
@@ -63,10 +60,7 @@ extern "C" __global__ void __launch_bounds__(256) cema_prepare(const __grid_cons
     c[(kA4) * ORDERS] = convert<Real>(a4);
     c[(kA8) * ORDERS] = convert<Real>(a8);
     c[(kA16) * ORDERS] = convert<Real>(a8 * a8);
-    // A product of two float64 numbers, so the phase is right to 1e-16 of the turns made, also after 2^20 steps.
-    double steps = static_cast<double>(p.segment), magnitude = real ? exp(log_decay * steps) : 0.0, s, co;
-    sincospi(turn * steps, &s, &co);
-    c[(kSegment) * ORDERS] = {static_cast<Real>(magnitude * co), static_cast<Real>(magnitude * s)};
+    c[(kSegment) * ORDERS] = convert<Real>(segment);
   }
   Complex<double> term = in * g;
 #pragma unroll 8

@@ -53,5 +53,6 @@ class CEMA(nn.Module):
         return self.prefix.after(y, h_last, parameters), None
 
     def _parameters_here(self) -> CemaParameters:
-        tensors = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
-        return CemaParameters(*(self.read(p) for p in tensors), self.cema_input == "paper")
+        own = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
+        alpha, delta, theta, gamma, omega = (self.read(parameter) for parameter in own)
+        return CemaParameters(alpha, delta, theta, gamma, omega, self.cema_input == "paper")

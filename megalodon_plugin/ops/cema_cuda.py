@@ -30,33 +30,33 @@ __all__ = ["VARIANTS", "Plan", "backward", "divide_pass", "forward", "make_plan"
 _SLOTS = 19  # complex numbers that cema_prepare makes of a channel and order
 
 
-def _structure(name: str, fields: str) -> type[ctypes.Structure]:
+def structure(name: str, fields: str) -> type[ctypes.Structure]:
     """Fields as "name:type ...", p a pointer, q a 64-bit and i a 32-bit integer."""
     types = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32}
     pairs = [field.split(":") for field in fields.split()]
     return type(name, (ctypes.Structure,), {"_fields_": [(field, types[kind]) for field, kind in pairs]})
 
 
-_Prepare = _structure(
+_Prepare = structure(
     "_Prepare",
     "alpha:p delta:p theta:p gamma:p omega:p coefficients:p lags:p segment:q dim:i order:i rotate_input:i",
 )
-_Pass = _structure(
+_Pass = structure(
     "_Pass",
     "x:p y:p coefficients:p lags:p state_in:p state_out:p boundaries:p summaries:p x_row:q y_row:q "
     "length:i batch:i dim:i order:i rows:i segments:i segment_tiles:i",
 )
-_Grad = _structure(
+_Grad = structure(
     "_Grad",
     "x:p dy:p coefficients:p state_in:p states:p state_grads:p state_grad_in:p partial:p partial_omega:p "
     "x_row:q dy_row:q length:i batch:i dim:i order:i",
 )
-_Finish = _structure(
+_Finish = structure(
     "_Finish",
     "alpha:p delta:p theta:p partial:p partial_omega:p dalpha:p ddelta:p dtheta:p dgamma:p domega:p "
     "dim:i order:i slots:i rotate_input:i",
 )
-_Short = _structure(
+_Short = structure(
     "_Short",
     "x:p dy:p y:p coefficients:p omega:p state_in:p state_grad_in:p state_out:p partial:p partial_omega:p "
     "x_row:q dy_row:q y_row:q length:i batch:i dim:i order:i",
@@ -68,12 +68,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _stream(device: torch.device) -> int:
+def stream_of(device: torch.device) -> int:
     # torch.cuda.current_stream makes a Python object first, which takes longer than a launch.
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
-class _Call:
+class Call:
     """One forward or backward pass: the activation's sizes, the coefficients, the launches."""
 
     def __init__(self, plan: Plan, x: Tensor, parameters: tuple[Tensor, ...], rotate_input: bool) -> None:
@@ -82,7 +82,7 @@ class _Call:
         self.alpha, self.delta, self.theta, self.gamma, self.omega = (p.contiguous() for p in parameters)
         self.order = self.alpha.shape[1]
         self.item = x.element_size()
-        self.stream = _stream(x.device)
+        self.stream = stream_of(x.device)
         self.whole, self.rest = plan.split(self.length)
         self.tiles = -(-self.whole // (PASS_BLOCKS * plan.block))
         self.channel_groups = -(-self.dim // plan.pass_channels)
@@ -92,7 +92,7 @@ class _Call:
         self.coefficients = torch.empty(count, dtype=real, device=x.device)
         self.lags = self.coefficients.data_ptr() + self.dim * plan.orders * _SLOTS * 2 * real.itemsize
 
-    def _launch(self, name: str, grid: tuple[int, int, int], threads: int, params, shared: int, **defines: int) -> None:
+    def launch(self, name: str, grid: tuple[int, int, int], threads: int, params, shared: int, **defines: int) -> None:
         channels, aligned = defines.pop("CHANNELS", 8), bool(defines.pop("ALIGNED", 1))
         kernel = kernels.load(f"{name}.cu", name, self.plan.defines(channels, aligned, **defines), self.device)
         kernel.launch(grid, threads, params, self.stream, shared)
@@ -116,42 +116,43 @@ class _Call:
             self.order,
             self.rotate_input,
         )
-        self._launch("cema_prepare", (-(-self.dim * self.plan.orders // 256), 1, 1), 256, params, 0)
+        self.launch("cema_prepare", (-(-self.dim * self.plan.orders // 256), 1, 1), 256, params, 0)
 
     def walk(self, x, y, state_in: int | None, state_out: int | None, kept: Tensor | None, reverse: bool) -> None:
         """`cema_pass` over the whole blocks; the states are addresses, `kept` receives those at the groups' edges."""
-        plan, d = self.plan, self.division
-        params = _Pass(
-            x.data_ptr(),
-            y.data_ptr(),
-            self.coefficients.data_ptr(),
-            self.lags,
-            state_in,
-            state_out,
-            None if kept is None else kept.data_ptr(),
-            None,
-            x.stride(0),
-            y.stride(0),
-            self.whole,
-            self.batch,
-            self.dim,
-            self.order,
-            d.rows,
-            d.segments,
-            d.segment_tiles,
-        )
-        shared = pass_shared_bytes(plan)
-        macros = {"CHANNELS": plan.pass_channels, "ALIGNED": self.aligned(x, y), "REVERSE": int(reverse)}
-        macros["OUT_SHARED"] = plan.out_shared
-        row_parts, threads = -(-self.batch // d.rows), 32 * plan.pass_channels
-        if d.segments > 1:
-            summaries = x.new_empty(d.segments - 1, self.batch, self.dim, self.order, 2, dtype=torch.float32)
-            params.summaries = summaries.data_ptr()
-            params.y, params.boundaries = None, None
-            grid = (self.channel_groups, row_parts, d.segments - 1)
-            self._launch("cema_pass", grid, threads, params, shared, **macros)
-            params.y, params.boundaries = y.data_ptr(), None if kept is None else kept.data_ptr()
-        self._launch("cema_pass", (self.channel_groups, row_parts, d.segments), threads, params, shared, **macros)
+        params = self._pass_params(x)
+        left = None  # held until the second launch, which reads it
+        if self.division.segments > 1:
+            left = self._leave_summaries(x, params, self.division.segments - 1, reverse)
+            params.summaries = left.data_ptr()
+        params.y, params.y_row = y.data_ptr(), y.stride(0)
+        params.state_in, params.state_out = state_in, state_out
+        params.boundaries = None if kept is None else kept.data_ptr()
+        self._launch_pass(params, self.division.segments, self.aligned(x, y), reverse, summary=False)
+
+    def summaries(self, x: Tensor, reverse: bool) -> Tensor:
+        """What each segment of time leaves of a zero state, in walking order, (segments, B, D, N, 2)."""
+        return self._leave_summaries(x, self._pass_params(x), self.division.segments, reverse)
+
+    def _pass_params(self, x: Tensor):
+        d = self.division
+        params = _Pass(x=x.data_ptr(), coefficients=self.coefficients.data_ptr(), lags=self.lags, x_row=x.stride(0))
+        params.length, params.batch, params.dim, params.order = self.whole, self.batch, self.dim, self.order
+        params.rows, params.segments, params.segment_tiles = d.rows, d.segments, d.segment_tiles
+        return params
+
+    def _leave_summaries(self, x: Tensor, params, segments: int, reverse: bool) -> Tensor:
+        left = x.new_empty(segments, self.batch, self.dim, self.order, 2, dtype=torch.float32)
+        params.summaries = left.data_ptr()
+        self._launch_pass(params, segments, self.aligned(x), reverse, summary=True)
+        return left
+
+    def _launch_pass(self, params, segments: int, aligned: bool, reverse: bool, summary: bool) -> None:
+        plan = self.plan
+        macros = {"CHANNELS": plan.pass_channels, "ALIGNED": aligned, "REVERSE": int(reverse)}
+        macros |= {"OUT_SHARED": plan.out_shared, "SUMMARY": int(summary)}
+        grid = (self.channel_groups, -(-self.batch // self.division.rows), segments)
+        self.launch("cema_pass", grid, 32 * plan.pass_channels, params, pass_shared_bytes(plan), **macros)
 
     def short(self, x: Tensor, y: Tensor, state_in: int | None, state_out: int | None, **backward) -> None:
         """`cema_short` over the rest; `backward` holds dy, state_grad_in, partial and partial_omega."""
@@ -177,10 +178,10 @@ class _Call:
             self.order,
         )
         grid = (-(-self.dim * self.plan.orders // 256), self.batch if dy is None else 1, 1)
-        self._launch("cema_short", grid, 256, params, 0, BACKWARD=int(dy is not None))
+        self.launch("cema_short", grid, 256, params, 0, BACKWARD=int(dy is not None))
 
 
-def _rows(x: Tensor) -> Tensor:
+def packed(x: Tensor) -> Tensor:
     """x with its steps and channels packed; its batch rows may lie anywhere."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
@@ -196,8 +197,8 @@ def forward(
     plan: Plan, x: Tensor, parameters: tuple[Tensor, ...], h0: Tensor | None, rotate_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, L, D), h (B, D, N, 2), and the states at the groups' edges (kept states, B, D, N, 2)."""
-    x = _rows(x)
-    call = _Call(plan, x, parameters, rotate_input)
+    x = packed(x)
+    call = Call(plan, x, parameters, rotate_input)
     call.prepare()
     shape = (call.batch, call.dim, call.order, 2)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -223,8 +224,8 @@ def backward(
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dalpha, ddelta, dtheta, dgamma, domega, dh0."""
-    x, dy = _rows(x), _rows(dy)
-    call = _Call(plan, x, parameters, rotate_input)
+    x, dy = packed(x), packed(dy)
+    call = Call(plan, x, parameters, rotate_input)
     call.prepare()
     shape = (call.batch, call.dim, call.order, 2)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -275,12 +276,12 @@ def backward(
         )
         macros = {"CHANNELS": plan.grad_channels, "ALIGNED": call.aligned(x, dy)}
         grid = (channel_groups, parts, order_groups)
-        call._launch("cema_grad", grid, 32 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
+        call.launch("cema_grad", grid, 32 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
     dalpha, ddelta, dtheta, dgamma, domega = _finish(call, partial, partial_omega, slots)
     return dx, dalpha, ddelta, dtheta, dgamma, domega, dh0
 
 
-def _finish(call: _Call, partial: Tensor, partial_omega: int, slots: int) -> tuple[Tensor, ...]:
+def _finish(call: Call, partial: Tensor, partial_omega: int, slots: int) -> tuple[Tensor, ...]:
     grads = tuple(torch.empty_like(p) for p in (call.alpha, call.delta, call.theta, call.gamma, call.omega))
     params = _Finish(
         call.alpha.data_ptr(),
@@ -294,5 +295,5 @@ def _finish(call: _Call, partial: Tensor, partial_omega: int, slots: int) -> tup
         slots,
         call.rotate_input,
     )
-    call._launch("cema_finish", (-(-call.dim * call.plan.orders // 256), 1, 1), 256, params, 0)
+    call.launch("cema_finish", (-(-call.dim * call.plan.orders // 256), 1, 1), 256, params, 0)
     return grads

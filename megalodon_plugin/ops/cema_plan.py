@@ -126,12 +126,13 @@ def _variants() -> tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]:
     found = []
     for plan in plans:
         assert plan is not None
-        found += [("cema_prepare", plan.defines(8, True)), ("cema_finish", plan.defines(8, True))]
+        found += [(name, plan.defines(8, True)) for name in ("cema_prepare", "cema_finish", "cema_fold")]
         found += [("cema_short", plan.defines(8, True, BACKWARD=b)) for b in (0, 1)]
         for aligned in (True, False):
             for reverse in (0, 1):
-                more = {"REVERSE": reverse, "OUT_SHARED": plan.out_shared}
-                found.append(("cema_pass", plan.defines(plan.pass_channels, aligned, **more)))
+                for summary in (0, 1):
+                    more = {"REVERSE": reverse, "OUT_SHARED": plan.out_shared, "SUMMARY": summary}
+                    found.append(("cema_pass", plan.defines(plan.pass_channels, aligned, **more)))
             found.append(("cema_grad", plan.defines(plan.grad_channels, aligned)))
     return tuple((f"{name}.cu", name, defines) for name, defines in found)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, cema_cuda
+from . import backend, cema_slice_cuda
 from . import cema_blocks as blocks
 from .cema import kernel_plan
 from .checks import check_activation, compute_dtype, without_autocast
@@ -78,7 +78,9 @@ def _walk_impl(
     plan = kernel_plan(x, alpha)
     if plan is not None and x.numel() and x.shape[1] % plan.block == 0:
         parameters = (alpha, delta, theta, gamma, omega)
-        found = backend.available("cema", x, lambda: cema_cuda.summary(plan, x, parameters, rotate_input, reverse))
+        found = backend.available(
+            "cema", x, lambda: cema_slice_cuda.summary(plan, x, parameters, rotate_input, reverse)
+        )
         if found is not None:
             return found
     with without_autocast(x):
@@ -107,6 +109,11 @@ def _fold_impl(
     rank: int,
     reverse: bool,
 ) -> Tensor:
+    if kernel_plan(summaries, alpha) is not None:
+        call = (summaries, (alpha, delta, theta), length, rank, reverse)
+        found = backend.available("cema", summaries, lambda: cema_slice_cuda.fold(*call))
+        if found is not None:
+            return found
     c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
     log_q = c.log_q.conj_physical() if reverse else c.log_q
     others = range(rank + 1, summaries.shape[0]) if reverse else range(rank - 1, -1, -1)

@@ -1,8 +1,8 @@
-"""Chunk parallelism: every rank holds the same slice of time of every row, whole chunks, and the ranks stand in order.
+"""Chunk parallelism: every rank holds one slice of time of every row, in whole chunks; the ranks stand in order.
 
-Attention stays inside chunks, so it is local. TimestepNorm and CEMA need what all earlier slices leave. Each rank makes a
-small summary of its own slice, one all-gather brings all of them to everyone, and each folds those before it, in a fixed
-order. Nobody waits for a chain: the paper's own scheme passes the state from rank to rank instead (arXiv 2404.08801,
+Attention stays inside chunks, so it is local. TimestepNorm and CEMA need what all earlier slices leave. Each rank makes
+a small summary of its own slice, one all-gather brings all of them to everyone, and each folds those before it, in a
+fixed order. Nobody waits for a chain: the paper's own scheme hands the state from rank to rank (arXiv 2404.08801,
 section 3.4).
 
 | | summary, float32 | backward |
@@ -40,8 +40,8 @@ def check_chunk_parallel(seq_len: int, chunk_size: int, degree: int, names: tupl
     degrees = [n for n in range(1, chunks + 1) if seq_len % (chunk_size * n) == 0]
     fitting = f", or `{degree_name}` = {' or '.join(map(str, degrees))}" if degrees else ""
     raise ValueError(
-        f"`{length_name}` must be a multiple of `{chunk_name}` x `{degree_name}` = {chunk_size} x {degree} = {step}, so "
-        f"that every rank holds whole chunks, but is {seq_len}; what would work: "
+        f"`{length_name}` must be a multiple of `{chunk_name}` x `{degree_name}` = {chunk_size} x {degree} = {step}, "
+        f"so that every rank holds whole chunks, but is {seq_len}; what would work: "
         f"`{length_name}` = {' or '.join(map(str, lengths))}{fitting}"
     )
 
@@ -154,7 +154,8 @@ class _CemaAfter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # type: ignore[override]
-        parameters = CemaParameters(*ctx.saved_tensors, ctx.rotate_input)
+        alpha, delta, theta, gamma, omega = ctx.saved_tensors
+        parameters = CemaParameters(alpha, delta, theta, gamma, omega, ctx.rotate_input)
         gathered = wait(gather_summaries(cema_summary_grad(dy, parameters), ctx.size, ctx.name))
         dh_last = cema_fold(gathered, parameters, dy.shape[1], ctx.rank, reverse=True)
         return dy, dh_last, *[None] * 9

@@ -27,17 +27,17 @@ class Ranks:
 
 
 def start_gather(x: Tensor, ranks: Ranks) -> Tensor:
-    """Start to collect x (n, ...) of every rank, in their order: (P * n, ...). To be read after `wait` only."""
+    """Start to collect x (n, ...) of every rank, in their order: (P * n, ...). To be read after `wait`."""
     return _functional.all_gather_into_tensor(x.contiguous(), ranks.size, ranks.name)
 
 
 def start_reduce_scatter(x: Tensor, ranks: Ranks) -> Tensor:
-    """Start to add x (P * n, ...) up over the ranks and to hand each its part (n, ...). To be read after `wait` only."""
+    """Start to add x (P * n, ...) up over the ranks and to hand each its part (n, ...). To be read after `wait`."""
     return _functional.reduce_scatter_tensor(x.contiguous(), "sum", ranks.size, ranks.name)
 
 
 def start_all_reduce(x: Tensor, ranks: Ranks) -> Tensor:
-    """Start to add x up over the ranks. To be read after `wait` only."""
+    """Start to add x up over the ranks. To be read after `wait`."""
     return _functional.all_reduce(x.contiguous(), "sum", ranks.name)
 
 

@@ -34,6 +34,9 @@ BUDGETS: dict[str | tuple[str, str], Budget] = {
     "cema_pass": Budget(255, 64),
     "cema_grad": Budget(255, 64),
     "cema_finish": Budget(64, 0),
+    "cema_fold": Budget(64, 0),
+    "norm_summary": Budget(64, 0),
+    "norm_summary_finish": Budget(64, 0),
     # The backward pass keeps the state before each of its T steps in an array that it indexes while running.
     "cema_short": Budget(96, 16 * 32),
     "timestep_norm_forward": Budget(160, 0),
@@ -41,7 +44,7 @@ BUDGETS: dict[str | tuple[str, str], Budget] = {
     "timestep_norm_parameters": Budget(48, 0),
 }
 
-OPS = ("megalodon_plugin.ops.cema_cuda", "megalodon_plugin.ops.timestep_norm_cuda")
+OPS = tuple(f"megalodon_plugin.ops.{name}" for name in ("cema_cuda", "timestep_norm_cuda", "norm_summary_cuda"))
 
 SPILLS = """
 extern "C" __global__ void __launch_bounds__(1024) spills(float* x) {

@@ -48,9 +48,7 @@ def test_cema_on_slices_equals_the_whole(slices: int, length: int, cema_input: s
         dxs.append(dx)
         totals = [total + part for total, part in zip(totals, parts, strict=True)]
     torch.testing.assert_close(torch.cat(outputs, 1), whole.detach(), rtol=1e-12, atol=1e-12)
-    for name, found, right in zip(
-        ("x", *CemaParameters._fields), [torch.cat(dxs, 1), *totals], expected, strict=False
-    ):
+    for name, found, right in zip(("x", *CemaParameters._fields), [torch.cat(dxs, 1), *totals], expected, strict=False):
         torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-11 * right.abs().max().item(), msg=name)
 
 
