@@ -1,6 +1,7 @@
 """Initialisation of parameters, plain or sharded, by the authors' table (docs/deviations.md names what differs)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def init_linear(linear: nn.Linear, mode: str) -> None:
     """Weight by `mode`: "he" normal of std 1/sqrt(3 fan_in), "bert" normal of std 0.02, "xavier" uniform. Bias 0."""
     if mode == "he":
-        nn.init.normal_(linear.weight, std=1 / math.sqrt(3 * linear.in_features))
+        draw(linear.weight, nn.init.normal_, std=1 / math.sqrt(3 * linear.in_features))
     elif mode == "bert":
-        nn.init.normal_(linear.weight, std=0.02)
+        draw(linear.weight, nn.init.normal_, std=0.02)
     else:
-        nn.init.xavier_uniform_(linear.weight)
+        draw(linear.weight, nn.init.xavier_uniform_)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
@@ -22,7 +23,20 @@ def init_linear(linear: nn.Linear, mode: str) -> None:
 def init_embedding(weight: Tensor, dim: int) -> None:
     """Truncated normal of std 1/sqrt(D), cut at three std; for the embedding and the output layer."""
     std = 1 / math.sqrt(dim)
-    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+    draw(weight, nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
+
+
+def draw(parameter: Tensor, fill: Callable[..., Tensor], **options: float) -> None:
+    """`fill(parameter, **options)`, one of nn.init's, for a parameter that may be sharded.
+
+    Ranks that hold parts of it must not draw alike: heads of equal weights would stay equal for ever. DTensor sees to
+    that on accelerators only. So on a CPU the whole is drawn, as one process would, and all take the first rank's.
+    """
+    if isinstance(parameter, DTensor) and parameter.device.type == "cpu":
+        values = fill(torch.empty(parameter.shape, dtype=parameter.dtype), **options)
+        copy_full(parameter, distribute_tensor(values, parameter.device_mesh).to_local())
+    else:
+        fill(parameter, **options)
 
 
 def init_theta(theta: Tensor, layer_id: int) -> None:
@@ -39,8 +53,8 @@ def init_theta(theta: Tensor, layer_id: int) -> None:
 
 
 def copy_full(parameter: Tensor, values: Tensor) -> None:
-    """Copy values of the full shape into a parameter that may be sharded."""
+    """Copy values of the full shape, which all ranks know, into a parameter that may be sharded."""
     values = values.to(device=parameter.device, dtype=parameter.dtype)
     if isinstance(parameter, DTensor):
-        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(values)

@@ -4,7 +4,12 @@ from typing import Any
 
 from torchtitan.tools.logging import logger
 
+from megalodon_plugin.parallel.chunk import check_chunk_parallel
+from megalodon_plugin.parallel.tensor import check_tensor_parallel
+
 OWN_ENTRY = "python -m torch.distributed.run -m megalodon_plugin.cli.train"
+
+FLOAT8 = "quantize.linear.float8"
 
 _own_entry = False
 
@@ -21,10 +26,9 @@ def is_own_entry() -> bool:
 
 
 def check_job(job_config: Any, args: Any) -> None:
-    """Raise ValueError for a layout that the stock entry would train wrongly or that the plugin does not have.
+    """Raise ValueError for a layout that the stock entry would train wrongly or that the model cannot take.
 
-    Also turns off the host's load balancer for context parallelism: it permutes tokens, which a recurrent model cannot
-    take, and TOML has no way to say None.
+    Also sets two of the host's options that have no right default for this model: see the functions below.
     """
     parallelism = job_config.parallelism
     needs_own_trainer = {
@@ -39,18 +43,56 @@ def check_job(job_config: Any, args: Any) -> None:
                 f"`parallelism.{key}` must be 1 under the stock entry, but is {degree}: {reason}. "
                 f"Start the job with `{OWN_ENTRY}` or `megalodon train`"
             )
-    for key in ("context_parallel_degree", "tensor_parallel_degree", "data_parallel_replicate_degree"):
-        degree = getattr(parallelism, key)
-        if degree > 1:
-            raise ValueError(
-                f"`parallelism.{key}` must be 1: this version of the plugin trains on one device, data parallel with "
-                f"FSDP2 or in pipeline stages; but it is {degree}"
-            )
+    check_tensor_parallel(args, parallelism.tensor_parallel_degree)
+    names = ("megalodon.chunk_size", "parallelism.context_parallel_degree")
+    lengths = {"training.seq_len": job_config.training.seq_len}
+    if job_config.validation.enable:
+        lengths["validation.seq_len"] = job_config.validation.seq_len
+    for name, length in lengths.items():
+        check_chunk_parallel(length, args.chunk_size, parallelism.context_parallel_degree, (name, *names))
+    if parallelism.expert_parallel_degree > 1:
+        raise ValueError(
+            f"`parallelism.expert_parallel_degree` must be 1, but is {parallelism.expert_parallel_degree}: the model "
+            "has no experts"
+        )
+    if parallelism.enable_async_tensor_parallel:
+        raise ValueError(
+            "`parallelism.enable_async_tensor_parallel` must be false, but is true: it knows gathers over time only, "
+            "and the plugin's are over features"
+        )
     if parallelism.pipeline_parallel_degree > 1 and args.tie_embedding:
         raise ValueError(
             "`megalodon.tie_embedding` must be false with `parallelism.pipeline_parallel_degree` = "
             f"{parallelism.pipeline_parallel_degree}: the embedding and the output layer lie on different ranks"
         )
-    if parallelism.context_parallel_load_balancer is not None:
-        logger.debug("Context parallel load balancer off: it permutes tokens, and CEMA reads them in order")
-        parallelism.context_parallel_load_balancer = None
+    _turn_off_load_balancer(parallelism)
+    _leave_output_out_of_float8(job_config)
+
+
+def _turn_off_load_balancer(parallelism: Any) -> None:
+    """The host's default permutes tokens, which a recurrent model cannot take, and TOML has no way to say None."""
+    asked = parallelism.context_parallel_load_balancer
+    if asked not in (None, "headtail"):
+        raise ValueError(
+            f"`parallelism.context_parallel_load_balancer` must be left at its default, but is {asked!r}: CEMA reads "
+            "tokens in order, so every rank takes a contiguous slice, and all have the same work"
+        )
+    if asked is not None and parallelism.context_parallel_degree > 1:
+        logger.info("Context parallel load balancer off: every rank takes a contiguous slice of whole chunks")
+    parallelism.context_parallel_load_balancer = None
+
+
+def _leave_output_out_of_float8(job_config: Any) -> None:
+    """Logits from float8 weights cost quality for little speed, and the host filters nothing by default."""
+    if FLOAT8 not in job_config.model.converters:
+        return
+    options = job_config.quantize.linear.float8
+    if "output" not in options.filter_fqns:
+        logger.info("float8 leaves the output layer out")
+        options.filter_fqns = [*options.filter_fqns, "output"]
+    only_chunks = job_config.parallelism.data_parallel_shard_degree == 1
+    if options.enable_fsdp_float8_all_gather and only_chunks:
+        logger.warning(
+            "`quantize.linear.float8.enable_fsdp_float8_all_gather` does nothing with "
+            "`parallelism.data_parallel_shard_degree` = 1: weights are gathered in the low dtype"
+        )

@@ -1,9 +1,12 @@
-"""Applies the host's techniques to the model: activation checkpointing, torch.compile, FSDP2."""
+"""Applies the host's techniques to the model, in this order: tensor parallelism, chunk parallelism, activation
+checkpointing, torch.compile, FSDP2 (sharding, replication, or both).
+"""
 
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
@@ -12,6 +15,13 @@ from torchtitan.models.llama3.infra.parallelize import apply_compile
 from torchtitan.tools.logging import logger
 
 import megalodon_plugin.ops  # noqa: F401  registers torch.ops.megalodon
+from megalodon_plugin.model.attention import QueryKey
+from megalodon_plugin.model.cema import CEMA
+from megalodon_plugin.model.feed_forward import FeedForward
+from megalodon_plugin.model.norm import LayerNorm, RMSNorm, TimestepNorm
+from megalodon_plugin.parallel.chunk import apply_chunk_parallel
+from megalodon_plugin.parallel.collectives import Ranks
+from megalodon_plugin.parallel.tensor import apply_tensor_parallel
 
 # Results that selective activation checkpointing keeps. The host's own list lacks `addmm`, which every Linear with a
 # bias is, and our ops; recomputing those would repeat most of a layer.
@@ -21,40 +31,37 @@ SAVED_OPS = {
     torch.ops.megalodon.cema.default,
     torch.ops.megalodon.timestep_norm.default,
     torch.ops.megalodon.chunk_attention.default,
+    # Chunk parallelism's summaries and what is folded from them: small, and each stands for an exchange.
+    torch.ops.megalodon.norm_summary.default,
+    torch.ops.megalodon.cema_summary.default,
+    torch.ops.megalodon.cema_fold.default,
+    torch.ops.megalodon.gather_summaries.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     # Keeps the scale that a low-precision conversion is computed from.
     torch.ops.aten.max.default,
     torch._higher_order_ops.inductor_compiled_code,
 }
 
-# Modules of a layer whose parameters stay float32 under mixed precision, by their name in the layer.
-FLOAT32_MODULES = (
-    "attention.timestep_norm",
-    "attention.cema",
-    "attention.rms_norm",
-    "attention.qk",
-    "feed_forward.norm",
-)
+# Modules whose own parameters stay float32 under mixed precision: CEMA, every norm, attention's gamma and beta, and the
+# feed-forward network's scale.
+FLOAT32_MODULES = (TimestepNorm, CEMA, RMSNorm, LayerNorm, QueryKey, FeedForward)
 
 
 def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
-    """The model with activation checkpointing, then compiled layer by layer, then sharded, each as the job asks.
+    """The model, or a pipeline stage of it, with what the job asks for. Call it on the meta device.
 
     Raises:
-        ValueError: torch.compile of the layers, or dropout, together with FSDP, which the plugin does not combine yet.
+        ValueError: dropout on several ranks.
     """
+    _check_dropout(model, parallel_dims)
+    if parallel_dims.tp_enabled:
+        loss_parallel = not job_config.parallelism.disable_loss_parallel
+        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), loss_parallel)
+        logger.info("Applied Tensor Parallelism to the model: features between blocks, heads inside attention")
+    if parallel_dims.cp_enabled:
+        apply_chunk_parallel(model, Ranks.of(parallel_dims.get_mesh("cp").get_group()))
+        logger.info("Applied Chunk Parallelism to the model on the context parallel mesh")
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
-    if parallel_dims.fsdp_enabled and compile_model:
-        raise ValueError(
-            '`compile.components` must not hold "model" with `parallelism.data_parallel_shard_degree` = '
-            f"{parallel_dims.dp_shard}: the layers' float32 parameter groups cannot be compiled into one graph yet"
-        )
-    dropouts = [name for name in ("dropout", "hidden_dropout", "attention_dropout") if getattr(model.cfg, name) > 0]
-    if parallel_dims.fsdp_enabled and dropouts:
-        raise ValueError(
-            f"`megalodon.{dropouts[0]}` must be 0 with `parallelism.data_parallel_shard_degree` = "
-            f"{parallel_dims.dp_shard}: the host seeds all data ranks alike, so they would drop the same places"
-        )
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
             model,
@@ -65,42 +72,76 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
         )
     if compile_model:
         apply_compile(model, job_config.compile)
-    if parallel_dims.fsdp_enabled:
-        shard_model(model, parallel_dims, job_config)
+    mesh = data_mesh(parallel_dims)
+    if mesh is not None:
+        shard_model(model, mesh, parallel_dims, job_config)
     return model
 
 
-def shard_model(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) -> None:
-    """FSDP2: one group for each layer's matrices in the low dtype, one for its small parameters in float32."""
-    training = job_config.training
+def _check_dropout(model: nn.Module, parallel_dims: ParallelDims) -> None:
+    ranks = {"data parallel": parallel_dims.dp_replicate * parallel_dims.dp_shard}
+    ranks |= {"context parallel": parallel_dims.cp, "tensor parallel": parallel_dims.tp}
+    asked = [name for name in ("dropout", "hidden_dropout", "attention_dropout") if getattr(model.cfg, name) > 0]
+    several = [f"{name} degree {degree}" for name, degree in ranks.items() if degree > 1]
+    if asked and several:
+        raise ValueError(
+            f"`megalodon.{asked[0]}` must be 0 with {several[0]}, but is {getattr(model.cfg, asked[0])}: the host "
+            "seeds all these ranks alike, so they would drop the same places"
+        )
+
+
+def data_mesh(parallel_dims: ParallelDims) -> DeviceMesh | None:
+    """The mesh that parameters are sharded and replicated over, chunk parallel ranks included; None without one."""
+    if not parallel_dims.dp_replicate_enabled:
+        return parallel_dims.get_mesh("fsdp") if parallel_dims.fsdp_enabled else None
+    if parallel_dims.fsdp_enabled:
+        return parallel_dims.get_mesh(["dp_replicate", "fsdp"])
+    # Replication alone takes the same way over a sharding dimension of one rank, which `get_mesh` refuses to hand out.
+    # (The host's DDP divides the gradients once more, torchtitan #2318.)
+    parallel_dims.world_mesh  # noqa: B018  builds the meshes
+    return parallel_dims._global_meshes["dense"]["dp_replicate", "fsdp"]
+
+
+def float32_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that mixed precision must not round."""
+    small = (module for module in model.modules() if isinstance(module, FLOAT32_MODULES))
+    return {parameter for module in small for parameter in module.parameters(recurse=False)}
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, parallel_dims: ParallelDims, job_config: Any) -> None:
+    """FSDP2: a group for each layer's matrices in the low dtype, and one for all float32 parameters at the root.
+
+    The float32 group belongs to the root because its hooks must not stand inside a layer that is compiled into one
+    graph. It is gathered once a step and stays: 0.1% of the model (38 MB of 7B).
+    """
+    training, policy = job_config.training, job_config.parallelism.fsdp_reshard_after_forward
     reduce_dtype = TORCH_DTYPE_MAP[training.mixed_precision_reduce]
     low = MixedPrecisionPolicy(param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param], reduce_dtype=reduce_dtype)
     # param_dtype=None and not float32, which would cast the group's inputs too.
     full = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    reshard = {"always": True, "never": False, "default": not parallel_dims.pp_enabled}[
-        job_config.parallelism.fsdp_reshard_after_forward
-    ]
-    mesh = parallel_dims.get_mesh("fsdp")
-    common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard}
+    common: dict[str, Any] = {"mesh": mesh}
     if training.enable_cpu_offload:
         common["offload_policy"] = CPUOffloadPolicy()
+    # The root first: it passes over modules that have a group already, with all of their parameters.
+    matrices = set(model.parameters()) - float32_parameters(model)
+    fully_shard(model, mp_policy=full, ignored_params=matrices, **common)
+    common |= {"mp_policy": low, "ignored_params": float32_parameters(model)}  # other objects than before: sharded
+    reshard = {"always": True, "never": False, "default": not parallel_dims.pp_enabled}[policy]
     for layer in model.layers.values():  # type: ignore[operator, union-attr]
-        small = [layer.get_submodule(name) for name in FLOAT32_MODULES]
-        # Modules without parameters (norm_affine = false) make no group.
-        fully_shard([m for m in small if any(True for _ in m.parameters())], mp_policy=full, **common)
-        fully_shard(layer, mp_policy=low, **common)
-    if model.norm is not None:
-        fully_shard(model.norm, mp_policy=full, **common)  # type: ignore[arg-type]
-    # A shared weight belongs to one group: the root's. Otherwise embedding and output have one each.
-    for module in (model.tok_embeddings, model.output):
-        if module is not None and not model.cfg.tie_embedding:  # type: ignore[union-attr]
-            fully_shard(module, mp_policy=low, **common)  # type: ignore[arg-type]
-    # The root keeps the default: its parameters stay gathered until the backward pass.
-    fully_shard(model, mp_policy=low, **{k: v for k, v in common.items() if k != "reshard_after_forward"})
+        fully_shard(layer, reshard_after_forward=reshard, **common)
+    ends = [module for module in (model.tok_embeddings, model.output) if module is not None]
+    if model.cfg.tie_embedding and ends:  # type: ignore[union-attr]
+        fully_shard(ends, reshard_after_forward=policy == "always", **common)  # type: ignore[arg-type]
+    else:
+        for module in ends:
+            # The backward pass starts with the output layer, so gathering it again would be in vain.
+            again = policy == "always" if module is model.output else reshard
+            fully_shard(module, reshard_after_forward=again, **common)  # type: ignore[arg-type]
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The Trainer divides by the global token count itself.
             module.set_gradient_divide_factor(1.0)
             if mesh.device_type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    logger.info("Applied FSDP to the model; CEMA, norms and attention gamma/beta stay float32")
+    kind = "HSDP" if mesh.ndim > 1 and mesh.size(1) > 1 else "replication" if mesh.ndim > 1 else "FSDP"
+    logger.info(f"Applied {kind} to the model; CEMA, norms and attention gamma/beta stay float32")

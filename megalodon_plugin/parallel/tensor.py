@@ -1,0 +1,111 @@
+"""Tensor parallelism: every rank holds D/P features of the residual stream, and its part of every large parameter.
+
+Megalodon's recurrences act on single channels (CEMA) or groups of them (TimestepNorm), so spreading features, and not
+time, between the blocks lets each rank run them whole and without an exchange. Only the maps that mix features need
+one. The tables below are the whole plan. A block of (B, L, D) exchanges, in the activations' dtype except the last:
+
+| | forward | backward |
+|---|---|---|
+| all-gather, B L D | wv's input, rms_norm's, feed_forward.norm's | wh2's and fc2's outputs |
+| reduce-scatter, B L D | wh2's and fc2's outputs | wv's input, rms_norm's, feed_forward.norm's |
+| all-reduce, D | | rms_norm's weight, feed_forward.norm's weight and bias |
+
+So one gathered tensor serves all linear maps that read it, and no map reads features that it could do without.
+"""
+
+import math
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from megalodon_plugin.model import MegalodonConfig
+
+from .collectives import Ranks
+from .tensor_styles import Style, give_logits, spread
+
+LAYER_PLAN = {
+    # Groups and channels do not see each other: each rank has G/P whole groups, D/P channels.
+    "attention.timestep_norm": Style(shard=0),
+    "attention.cema": Style(shard=0),
+    # Whole heads of values, from all features of the normalised input.
+    "attention.wv": Style(shard=0, gather_input=True),
+    # Averages squares over all features. Its output, the same on every rank, serves wz, wr and wh1 as it is.
+    "attention.rms_norm": Style(shard=None, gather_input=True),
+    # Whole heads of queries and keys, of gates; wh1's rows are the residual's features. Biases go with the rows.
+    "attention.wz": Style(shard=0),
+    "attention.wr": Style(shard=0),
+    "attention.wh1": Style(shard=0),
+    # Rows are queries and keys, columns the features of all heads.
+    "attention.qk": Style(shard=1),
+    # Reads the values of this rank's heads, and so gives partial sums.
+    "attention.wh2": Style(shard=1, scatter_output=True),
+    # Averages over all features. Its output serves fc1 and fc3 as it is.
+    "feed_forward.norm": Style(shard=None, gather_input=True),
+    "feed_forward.fc1": Style(shard=0),
+    "feed_forward.fc3": Style(shard=0),
+    "feed_forward.fc2": Style(shard=1, scatter_output=True),
+    # alpha scales features that are spread already.
+    "feed_forward": Style(shard=0),
+}
+
+ROOT_PLAN = {
+    # Every rank looks up its own features.
+    "tok_embeddings": Style(shard=1),
+    # As in the layers.
+    "norm": Style(shard=0),
+    # By rows of the vocabulary, so that the loss can be computed on parts of the logits.
+    "output": Style(shard=0, gather_input=True),
+}
+
+# The output layer needs the shared weight by rows: a rank finds only some of the tokens, with all their features.
+TIED_ROOT_PLAN = ROOT_PLAN | {"tok_embeddings": Style(shard=0, scatter_output=True)}
+
+
+def check_tensor_parallel(cfg: MegalodonConfig, degree: int, key: str = "parallelism.tensor_parallel_degree") -> None:
+    """Raise ValueError, naming `key`, unless `degree` ranks can share the model's heads, groups and widths evenly.
+
+    Every rank also needs a row of the output layer: PyTorch's loss on parts of the logits waits for all ranks, and one
+    that holds none would not take part.
+    """
+    # The other widths need no check: heads divide z_dim and value_dim, groups divide dim.
+    sizes = {name: getattr(cfg, name) for name in ("n_heads", "norm_groups", "ffn_dim")}
+    most = math.gcd(*sizes.values())
+    fitting = [n for n in range(1, most + 1) if most % n == 0 and not _ranks_without_rows(cfg.n_outputs, n)]
+    would_work = f"what would work: {' or '.join(map(str, fitting))}"
+    for name, size in sizes.items():
+        if size % degree:
+            raise ValueError(f"`{key}` must divide `{name}` = {size}, but is {degree}; {would_work}")
+    if _ranks_without_rows(cfg.n_outputs, degree):
+        raise ValueError(
+            f"`{key}` must leave every rank a part of the {cfg.n_outputs} rows of the output layer, which are cut into "
+            f"parts of {-(-cfg.n_outputs // degree)}, but is {degree}; {would_work}"
+        )
+
+
+def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh, loss_parallel: bool) -> None:
+    """Spread a Megalodon, or a pipeline stage of one, over the ranks of `tp_mesh`; the meta device will do.
+
+    It comes before activation checkpointing, torch.compile and FSDP. With `loss_parallel` the logits are a DTensor,
+    Shard(-1), as `torch.distributed.tensor.parallel.loss_parallel` takes it; else every rank has all of them.
+    """
+    check_tensor_parallel(model.cfg, tp_mesh.size())  # type: ignore[arg-type]
+    ranks = Ranks.of(tp_mesh.get_group())
+    tied = model.output is not None and model.tok_embeddings is not None and model.cfg.tie_embedding  # type: ignore[union-attr]
+    _spread_parts(model, TIED_ROOT_PLAN if tied else ROOT_PLAN, tp_mesh, ranks)
+    if tied:
+        model.output.weight = model.tok_embeddings.weight  # type: ignore[union-attr]
+    if model.output is not None:
+        give_logits(model.output, tp_mesh, ranks, loss_parallel)  # type: ignore[arg-type]
+    for layer in model.layers.values():  # type: ignore[operator, union-attr]
+        _spread_parts(layer, LAYER_PLAN, tp_mesh, ranks)
+
+
+def _spread_parts(parent: nn.Module, plan: dict[str, Style], mesh: DeviceMesh, ranks: Ranks) -> None:
+    parts = dict(parent.named_modules())
+    for name, style in plan.items():
+        if name in parts:  # options and pipeline stages leave some out
+            spread(parts[name], style, mesh, ranks)
+
+
+def _ranks_without_rows(rows: int, degree: int) -> bool:
+    return (degree - 1) * -(-rows // degree) >= rows
