@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from megalodon_plugin.ops import cema
 from megalodon_plugin.ops.cema_slice import CemaParameters
 
-from .init import init_theta
+from .init import draw, init_theta
 from .seams import CemaPrefix, Read, whole
 
 
@@ -28,12 +28,12 @@ class CEMA(nn.Module):
         self.omega = nn.Parameter(torch.zeros(dim, 1))
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.alpha, std=0.2)
-        nn.init.normal_(self.delta, std=0.2)
+        draw(self.alpha, nn.init.normal_, std=0.2)
+        draw(self.delta, nn.init.normal_, std=0.2)
         init_theta(self.theta, self.layer_id)
-        nn.init.normal_(self.gamma)
+        draw(self.gamma, nn.init.normal_)
         self.gamma[..., 1].zero_()
-        nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
+        draw(self.omega, nn.init.trunc_normal_, std=0.25, a=-1.0, b=1.0)
 
     def start(self, x: Tensor) -> Tensor | None:
         """Start what `forward` needs from other ranks; independent work may be done before it is called."""

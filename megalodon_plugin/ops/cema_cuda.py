@@ -121,12 +121,12 @@ class Call:
     def walk(self, x, y, state_in: int | None, state_out: int | None, kept: Tensor | None, reverse: bool) -> None:
         """`cema_pass` over the whole blocks; the states are addresses, `kept` receives those at the groups' edges."""
         params = self._pass_params(x)
+        params.state_in = state_in  # the first segment's summary starts from it
         left = None  # held until the second launch, which reads it
         if self.division.segments > 1:
             left = self._leave_summaries(x, params, self.division.segments - 1, reverse)
             params.summaries = left.data_ptr()
-        params.y, params.y_row = y.data_ptr(), y.stride(0)
-        params.state_in, params.state_out = state_in, state_out
+        params.y, params.y_row, params.state_out = y.data_ptr(), y.stride(0), state_out
         params.boundaries = None if kept is None else kept.data_ptr()
         self._launch_pass(params, self.division.segments, self.aligned(x, y), reverse, summary=False)
 

@@ -105,14 +105,15 @@ def test_a_dimension_that_no_vector_divides() -> None:
 
 
 def test_segments_give_the_numbers_of_one_walk(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs(1, 16 * 512 + 64, 8, 16, torch.bfloat16)
-    inputs["delta"] -= 6  # a state that lives across segments
+    inputs = make_inputs(1, 25 * 512, 8, 16, torch.bfloat16)
+    inputs["delta"] -= 8  # a state that lives across segments, also across one in the middle
     one = run(inputs, True, "released")
     monkeypatch.setattr(cema_cuda, "multiprocessors", lambda device: 8)
-    assert cema_cuda.divide_pass(1, 17, 1, 8).segments == 2
+    assert cema_cuda.divide_pass(1, 25, 1, 8).segments == 3
     many = run(inputs, True, "released")
     for a, b in zip(one, many, strict=True):
-        assert error(a, b.double()) < 4e-3 if a.dtype == torch.bfloat16 else error(a, b.double()) < 1e-5
+        # bfloat16 results may be rounded to the other side here and there.
+        assert error(a, b.double()) < (5e-4 if a.dtype == torch.bfloat16 else 1e-5)
 
 
 def test_a_division_covers_every_row_and_tile() -> None:
