@@ -1,14 +1,25 @@
-"""The host's metrics, also written as JSON lines, which plots and tests read."""
+"""The host's metrics, right under every layout and also written as JSON lines, which plots and tests read."""
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torchtitan.components.metrics import MetricsProcessor, _get_metrics_rank
 
 from . import layout
 from .model_json import write_model_json
+from .totals import Losses
+
+
+class StepNumbers(NamedTuple):
+    """What a step's record says of all ranks together."""
+
+    losses: Losses
+    n_tokens_seen: int
 
 
 class JsonLinesMetrics(MetricsProcessor):
@@ -16,7 +27,26 @@ class JsonLinesMetrics(MetricsProcessor):
 
     A record is {"step": …, "kind": "train" | "validation", …} with the host's names for the numbers. A resumed run
     appends; of several records of a step the last one counts.
+
+    Under the plugin's Trainer the same numbers are logged on every rank, and they mean, under any layout:
+
+    * `loss_metrics/global_avg_loss`: the step's mean cross-entropy a token;
+    * `loss_metrics/global_max_loss`: that of the rank where it is largest, over the rank's own tokens;
+    * `n_tokens_seen`: tokens that the whole job has been handed since its first step, also in earlier runs of it;
+    * `throughput(tps)`: tokens a second and device. The ranks that share a row (context, tensor and pipeline parallel)
+      count it once each, and the host divides by how many they are;
+    * `mfu(%)`: the floating-point operations of the whole model for a token (see `get_nparams_and_flops`), times that
+      throughput, of the device's peak;
+    * `validation_metrics/throughput(tps)`: likewise, of the validation alone.
     """
+
+    # The host's, since the last record.
+    ntokens_since_last_log: int
+    time_last_log: float
+
+    # Set by the plugin's Trainer; it is called on all ranks, at logged steps only. Without it, as under the stock
+    # entry, the host's numbers stand; that entry is refused the layouts under which they are wrong.
+    numbers_of_step: Callable[[], StepNumbers] | None = None
 
     def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
@@ -32,6 +62,35 @@ class JsonLinesMetrics(MetricsProcessor):
             self._write(metrics, step)
 
         self.logger.log = log_both  # type: ignore[method-assign]
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """The host's record of a training step, with its losses and its count of tokens put right."""
+        if self.numbers_of_step is not None:
+            (global_avg_loss, global_max_loss), n_tokens_seen = self.numbers_of_step()
+            extra_metrics = (extra_metrics or {}) | {"n_tokens_seen": n_tokens_seen}
+        super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Keep the time and the tokens of what runs inside, a validation, from those of the training around it.
+
+        The host counts training's since its last record as validation's too, and takes them from training's next one.
+        """
+        n_tokens, begin = self.ntokens_since_last_log, time.perf_counter()
+        in_training = begin - self.time_last_log
+        self.ntokens_since_last_log, self.time_last_log = 0, begin
+        try:
+            yield
+        finally:
+            self.ntokens_since_last_log = n_tokens
+            self.time_last_log = time.perf_counter() - in_training
 
     def _end_cut_line(self) -> None:
         """Close the line that a killed run may have left half-written, so that the next record stands alone."""

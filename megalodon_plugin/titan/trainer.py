@@ -1,10 +1,12 @@
 """torchtitan's Trainer with what Megalodon runs need of it; start it by `megalodon_plugin.cli.train`."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
@@ -19,8 +21,11 @@ from .checkpoint_guard import (
     remove_incomplete,
     saved_tensors,
 )
+from .dataloader import Batch
 from .loss import ScaledLoss
+from .metrics import JsonLinesMetrics, StepNumbers
 from .model_json import write_model_json
+from .totals import LossTotals
 
 
 class MegalodonTrainer(Trainer):
@@ -29,6 +34,8 @@ class MegalodonTrainer(Trainer):
     * keeps the random state in the checkpoint, so that dropout resumes exactly;
     * looks at the checkpoint before it loads it (see `checkpoint_guard`);
     * scales the loss before the backward pass under pipeline parallelism;
+    * counts tokens and losses so that records and checkpoints are right under every layout (see `JsonLinesMetrics`):
+      `ntokens_seen` is what the whole job has been handed, whatever the number of ranks that share it;
     * writes `model.json`, the model's configuration, into the dump folder, for whoever reads the checkpoint.
 
     The host's own models train under it as they do under `Trainer`.
@@ -39,6 +46,11 @@ class MegalodonTrainer(Trainer):
             layout.mark_own_entry()
         self._saves_random_state = True
         super().__init__(job_config)
+        self._step_totals = LossTotals(self.device)
+        # The host's own models have the host's metrics, which want the host's counts.
+        self._counts_whole_job = isinstance(self.metrics_processor, JsonLinesMetrics)
+        if isinstance(self.metrics_processor, JsonLinesMetrics):
+            self.metrics_processor.numbers_of_step = self._numbers_of_step
         if job_config.checkpoint.create_seed_checkpoint:
             self._write_model_json()
 
@@ -101,7 +113,39 @@ class MegalodonTrainer(Trainer):
         if isinstance(self.model_args, MegalodonModelArgs) and torch.distributed.get_rank() == 0:
             write_model_json(self.job_config, self.model_args)
 
+    def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
+        for input_dict, labels in super().batch_generator(data_iterable):
+            if self._counts_whole_job:
+                # The host has added this rank's tokens. Every data parallel rank has been handed as many; all other
+                # ranks share a row with one of them.
+                n_data_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
+                self.ntokens_seen += (n_data_ranks - 1) * labels.numel()
+            yield input_dict, labels
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        self._step_totals.clear()
+        super().train_step(data_iterator)
+
+    def post_dataloading_process(self, input_dict: dict[str, Tensor], labels: Tensor):
+        processed = super().post_dataloading_process(input_dict, labels)
+        own_labels = processed[1]  # under context parallelism the slice of this rank
+        self._own_tokens = (own_labels != IGNORE_INDEX).sum()
+        return processed
+
+    def _numbers_of_step(self) -> StepNumbers:
+        return StepNumbers(self._step_totals.over_ranks(), self.ntokens_seen)
+
     def forward_backward_step(
+        self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
+    ) -> Tensor:
+        loss = self._scaled_before_backward(
+            input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
+        )
+        if not self.parallel_dims.pp_enabled or self.pp_has_last_stage:
+            self._step_totals.add(loss.detach().double() * global_valid_tokens, self._own_tokens)
+        return loss
+
+    def _scaled_before_backward(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any
     ) -> Tensor:
         if not self.parallel_dims.pp_enabled or not isinstance(self.loss_fn, ScaledLoss):

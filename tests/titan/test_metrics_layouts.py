@@ -1,0 +1,295 @@
+"""Records and checkpoints say the same under every layout: losses, counts of tokens, validation, resuming elsewhere."""
+
+import itertools
+import math
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
+from megalodon_plugin.titan import validator as validator_module
+from megalodon_plugin.titan.checkpoint_guard import check_fits, saved_tensors
+from megalodon_plugin.titan.metrics import JsonLinesMetrics, StepNumbers
+from megalodon_plugin.titan.totals import LossTotals, combine
+from megalodon_plugin.titan.trainer import MegalodonTrainer
+from megalodon_plugin.titan.validator import MegalodonValidator
+
+from tiny_job import read_records, train_well, write_job
+
+IGNORED = -100
+NAN = float("nan")
+
+
+def sums(*of_ranks: tuple[float, float]) -> torch.Tensor:
+    return torch.tensor(of_ranks, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "mean", "largest"),
+    [
+        pytest.param(sums((6, 4), (10, 2)), 16 / 6, 5.0, id="slices or rows of unequal numbers of tokens"),
+        pytest.param(sums((6, 4), (0, 0), (10, 2)), 16 / 6, 5.0, id="a rank whose labels are all ignored"),
+        pytest.param(sums((0, 0), (0, 0), (6, 4), (10, 2)), 16 / 6, 5.0, id="two pipeline stages"),
+        pytest.param(sums((6, 4), (6, 4), (10, 2), (10, 2)), 16 / 6, 5.0, id="two tensor parallel ranks"),
+        pytest.param(sums((6, 4), (NAN, 2)), NAN, NAN, id="a loss that is not a number"),
+        pytest.param(sums((0, 0), (0, 0)), NAN, NAN, id="no tokens"),
+    ],
+)
+def test_losses_over_ranks(of_ranks: torch.Tensor, mean: float, largest: float) -> None:
+    assert combine(of_ranks) == pytest.approx((mean, largest), rel=1e-15, nan_ok=True)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_totals_add_microbatches_and_begin_anew(one_rank: None) -> None:
+    totals = LossTotals("cpu")
+    totals.add(torch.tensor(2.0), torch.tensor(4))
+    totals.add(torch.tensor(7.0, dtype=torch.bfloat16), torch.tensor(2))
+    assert totals.over_ranks() == (1.5, 1.5)
+    # As the loss comes under loss parallel.
+    whole = DTensor.from_local(torch.tensor(3.0), init_device_mesh("cpu", (1,)), [Replicate()])
+    totals.add(whole, torch.tensor(6))
+    assert totals.over_ranks() == (1.0, 1.0)
+    totals.clear()
+    assert all(math.isnan(loss) for loss in totals.over_ranks())
+
+
+def test_a_checkpoint_fits_shards_of_the_whole_shape() -> None:
+    whole = torch.nn.Linear(6, 8, bias=False, device="meta")
+    saved = {"weight": whole.weight.shape}
+    dist.init_process_group("fake", rank=1, world_size=2)
+    try:
+        shard = DTensor.from_local(whole.weight[4:].detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
+        whole.weight = torch.nn.Parameter(shard)
+        assert whole.weight.to_local().shape == (4, 6)
+        check_fits(Path("step-1"), saved, [whole])
+        with pytest.raises(ValueError, match=r"`weight` has shape \(4, 6\) there, but \(8, 6\) in this model"):
+            check_fits(Path("step-1"), {"weight": torch.Size([4, 6])}, [whole])
+    finally:
+        dist.destroy_process_group()
+
+
+def bare(cls: type, **attributes: Any) -> Any:
+    """An instance without its host, which would want a whole job."""
+    instance = object.__new__(cls)
+    for name, value in attributes.items():
+        setattr(instance, name, value)
+    return instance
+
+
+def dims(dp_replicate: int = 1, dp_shard: int = 1, cp: int = 1, pp: int = 1) -> SimpleNamespace:
+    mesh = SimpleNamespace(size=lambda: cp)
+    return SimpleNamespace(
+        dp_replicate=dp_replicate,
+        dp_shard=dp_shard,
+        cp_enabled=cp > 1,
+        pp_enabled=pp > 1,
+        get_mesh=lambda name: mesh,
+        get_optional_mesh=lambda name: None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("whole_job", "expected"),
+    [pytest.param(True, 7 + 2 * 3 * 2 * 20, id="ours"), pytest.param(False, 7 + 2 * 20, id="the host's own model")],
+)
+def test_tokens_are_counted_once_each_whatever_shares_them(whole_job: bool, expected: int) -> None:
+    trainer = bare(
+        MegalodonTrainer,
+        parallel_dims=dims(dp_replicate=2, dp_shard=3, cp=2, pp=2),
+        metrics_processor=SimpleNamespace(ntokens_since_last_log=0, data_loading_times=[]),
+        ntokens_seen=7,  # of an earlier run, with however many ranks
+        _counts_whole_job=whole_job,
+    )
+    batches = trainer.batch_generator([({"input": torch.ones(4, 5)}, torch.ones(4, 5))] * 3)
+    list(itertools.islice(batches, 2))
+    assert trainer.ntokens_seen == expected
+    # Throughput is this rank's rows, which the host divides by the ranks that share them.
+    assert trainer.metrics_processor.ntokens_since_last_log == 40
+
+
+def test_a_rank_counts_the_labels_of_its_own_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def second_half(inputs, labels, extra_kwargs, mesh, device, balancer):
+        return inputs[:, 3:], labels[:, 3:], extra_kwargs
+
+    monkeypatch.setattr("torchtitan.train.prepare_context_parallel_input", second_half)
+    parallelism = SimpleNamespace(context_parallel_load_balancer=None)
+    trainer = bare(
+        MegalodonTrainer,
+        parallel_dims=dims(cp=2),
+        model_args=None,
+        device=torch.device("cpu"),
+        job_config=SimpleNamespace(parallelism=parallelism),
+    )
+    labels = torch.tensor([[1, 2, 3, 4, IGNORED, 6], [1, IGNORED, 3, 4, 5, 6]])
+    trainer.post_dataloading_process({"input": torch.zeros(2, 6)}, labels)
+    assert int(trainer._own_tokens) == 5
+
+
+def test_a_record_has_the_numbers_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("torchtitan.components.metrics.MetricsProcessor.log", lambda self, *a: logged.append(a))
+    metrics = bare(JsonLinesMetrics)
+    metrics.log(3, -1.0, -1.0, 0.5, {"n_tokens_seen": 80, "lr": 0.1})
+    metrics.numbers_of_step = lambda: StepNumbers(combine(sums((6, 4), (10, 4))), 20)
+    metrics.log(3, -1.0, -1.0, 0.5, {"n_tokens_seen": 80, "lr": 0.1})
+    assert logged == [
+        (3, -1.0, -1.0, 0.5, {"n_tokens_seen": 80, "lr": 0.1}),
+        (3, 2.0, 2.5, 0.5, {"n_tokens_seen": 20, "lr": 0.1}),
+    ]
+
+
+def test_validation_leaves_training_its_time_and_tokens() -> None:
+    begin = time.perf_counter() - 5
+    metrics = bare(JsonLinesMetrics, ntokens_since_last_log=40, time_last_log=begin)
+    with metrics.apart():
+        assert metrics.ntokens_since_last_log == 0
+        assert time.perf_counter() - metrics.time_last_log < 1
+        time.sleep(0.3)
+        metrics.ntokens_since_last_log, metrics.time_last_log = 0, time.perf_counter()  # as the host's record does
+    assert metrics.ntokens_since_last_log == 40
+    assert 5 <= time.perf_counter() - metrics.time_last_log < 5.3
+
+
+def batch(n_rows: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    return {"input": torch.ones(n_rows, 3, dtype=torch.int64)}, torch.ones(n_rows, 3, dtype=torch.int64)
+
+
+def batches_of_rank(
+    monkeypatch: pytest.MonkeyPatch, own: list[Any], others: list[bool], steps: int = -1
+) -> list[tuple[int, int]]:
+    """(rows, labels that count) of each batch, where the other ranks together have a batch as `others` says."""
+    answers = iter(others)
+    monkeypatch.setattr(validator_module.dist_utils, "dist_max", lambda has_one, mesh: max(int(has_one), next(answers)))
+    options = SimpleNamespace(steps=steps, local_batch_size=2, seq_len=3)
+    rank = bare(
+        MegalodonValidator,
+        job_config=SimpleNamespace(validation=options),
+        parallel_dims=dims(dp_shard=2),
+        validation_dataloader=own,
+    )
+    return [(len(inputs["input"]), int((labels != IGNORED).sum())) for inputs, labels in rank._batches()]
+
+
+def test_a_rank_out_of_batches_takes_part_without_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [batch(2), batch(1)]
+    assert batches_of_rank(monkeypatch, own, [True, False, False]) == [(2, 6), (2, 3)]
+    assert batches_of_rank(monkeypatch, own, [True, True, True, True, False]) == [(2, 6), (2, 3), (2, 0), (2, 0)]
+    assert batches_of_rank(monkeypatch, [], [True, False]) == [(2, 0)]
+    assert batches_of_rank(monkeypatch, [batch(2)] * 9, [True] * 3, steps=3) == [(2, 6)] * 3
+    with pytest.raises(ValueError, match=r"`validation\.dataset` must hold text for at least one batch"):
+        batches_of_rank(monkeypatch, [], [False])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "schedule", "message"),
+    [
+        ("local_batch_size", 8, None, r"`validation\.local_batch_size` must be `training\.local_batch_size`, 4, .* 8$"),
+        ("seq_len", 96, None, r"`validation\.seq_len` must be `training\.seq_len`, 48, .* but is 96$"),
+        (
+            "local_batch_size",
+            4,
+            object.__new__(ScheduleZBVZeroBubble),
+            r'`validation\.enable` must be false with `.*_schedule` = "ZBVZeroBubble"',
+        ),
+    ],
+    ids=["rows", "length", "schedule"],
+)
+def test_validation_that_a_pipeline_cannot_run_is_refused(key: str, value: int, schedule: Any, message: str) -> None:
+    job_config = SimpleNamespace(
+        training=SimpleNamespace(local_batch_size=4, seq_len=48),
+        validation=SimpleNamespace(local_batch_size=4, seq_len=48),
+        parallelism=SimpleNamespace(pipeline_parallel_schedule="ZBVZeroBubble"),
+    )
+    setattr(job_config.validation, key, value)
+    with pytest.raises(ValueError, match=message):
+        MegalodonValidator(job_config, 1, 0, None, parallel_dims=dims(pp=2), pp_schedule=schedule)
+
+
+def job(folder: Path) -> Path:
+    """Two microbatches a step, and validation on as many rows as there are."""
+    validation = {"enable": True, "dataset": "local_text", "dataset_path": str(folder / "texts")}
+    return write_job(
+        folder,
+        megalodon={"n_layers": 4},
+        training={"steps": 6, "global_batch_size": 8},
+        data={"validation_fraction": 0.3},
+        validation=validation | {"local_batch_size": 4, "seq_len": 48, "freq": 1, "steps": -1},
+        checkpoint={"interval": 2},
+    )
+
+
+ON_TWO_DATA_RANKS = ["--training.local_batch_size", "2", "--validation.local_batch_size", "2"]
+IN_FOUR_STAGES = [
+    "--parallelism.pipeline_parallel_degree",
+    "2",
+    "--parallelism.pipeline_parallel_schedule",
+    "Interleaved1F1B",
+    "--parallelism.pipeline_parallel_microbatch_size",
+    "1",
+]
+
+
+def test_a_run_goes_on_in_other_layouts_with_the_same_records(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    train_well(job(whole))
+    config, run = job(parts), parts / "run"
+    shutil.copytree(whole / "run" / "checkpoint" / "step-2", run / "checkpoint" / "step-2")
+
+    train_well(config, *ON_TWO_DATA_RANKS, "--training.steps", "3", processes=2)
+    train_well(config, "--training.steps", "4")
+    log = train_well(config, *IN_FOUR_STAGES, processes=2)
+
+    expected = {record["step"]: record for record in read_records(whole / "run")}
+    records = read_records(run)
+    assert [record["step"] for record in records] == [3, 4, 5, 6]
+    for record in records:
+        of_whole = expected[record["step"]]
+        assert record["n_tokens_seen"] == record["step"] * 8 * 48 == of_whole["n_tokens_seen"]
+        for name in ("loss_metrics/global_avg_loss", "grad_norm", "lr"):
+            assert record[name] == pytest.approx(of_whole[name], rel=1e-5), f"step {record['step']}: {name}"
+    # With one rank, and with one that has the losses, the largest mean is the mean.
+    largest = {record["step"]: record["loss_metrics/global_max_loss"] for record in records}
+    mean = {record["step"]: record["loss_metrics/global_avg_loss"] for record in records}
+    assert mean[3] < largest[3] < 1.2 * mean[3]
+    assert [largest[step] for step in (4, 5, 6)] == [mean[step] for step in (4, 5, 6)]
+
+    validations = {
+        folder: {
+            record["step"]: record["validation_metrics/loss"] for record in read_records(folder / "run", "validation")
+        }
+        for folder in (whole, parts)
+    }
+    assert list(validations[parts]) == [3, 4, 5, 6]
+    for step, loss in validations[parts].items():
+        assert loss == pytest.approx(validations[whole][step], rel=1e-5), f"step {step}: validation"
+
+    # Both ranks of the pipeline tell the same.
+    for kind, step, loss in (("step", 6, f"{mean[6]:8.5f}"), ("validate step", 6, f"{validations[parts][6]:7.4f}")):
+        told = re.findall(rf"INFO - {kind}: +{step}  loss: ([ -]*[0-9.]+) ", log)
+        assert [text.strip() for text in told] == [loss.strip()] * 2, kind
+
+    # One process had no random state for a second stage; the stages save theirs apart.
+    assert "The checkpoint holds no random state for this layout" in log
+    saved = saved_tensors(run / "checkpoint" / "step-6")
+    assert saved is not None and {"train_state.random_state_0", "train_state.random_state_1"} <= set(saved)
