@@ -66,7 +66,9 @@ def check_job(job_config: Any, args: Any) -> None:
             f"{parallelism.pipeline_parallel_degree}: the embedding and the output layer lie on different ranks"
         )
     _turn_off_load_balancer(parallelism)
-    _leave_output_out_of_float8(job_config)
+    if FLOAT8 in job_config.model.converters:
+        _check_float8(args, parallelism.tensor_parallel_degree)
+        _leave_output_out_of_float8(job_config)
 
 
 def _turn_off_load_balancer(parallelism: Any) -> None:
@@ -82,16 +84,24 @@ def _turn_off_load_balancer(parallelism: Any) -> None:
     parallelism.context_parallel_load_balancer = None
 
 
+def _check_float8(args: Any, degree: int) -> None:
+    """The float8 product takes multiples of 16, of which the host checks whole matrices and not a rank's part."""
+    for name in ("dim", "z_dim", "value_dim", "ffn_dim"):
+        size = getattr(args, name)
+        if size % 16 == 0 and size % (16 * degree):
+            raise ValueError(
+                f"`megalodon.{name}` must be a multiple of {16 * degree} for float8 on "
+                f"`parallelism.tensor_parallel_degree` = {degree} ranks, whose parts are multiples of 16, but is {size}"
+            )
+
+
 def _leave_output_out_of_float8(job_config: Any) -> None:
     """Logits from float8 weights cost quality for little speed, and the host filters nothing by default."""
-    if FLOAT8 not in job_config.model.converters:
-        return
     options = job_config.quantize.linear.float8
     if "output" not in options.filter_fqns:
         logger.info("float8 leaves the output layer out")
         options.filter_fqns = [*options.filter_fqns, "output"]
-    only_chunks = job_config.parallelism.data_parallel_shard_degree == 1
-    if options.enable_fsdp_float8_all_gather and only_chunks:
+    if options.enable_fsdp_float8_all_gather and job_config.parallelism.data_parallel_shard_degree == 1:
         logger.warning(
             "`quantize.linear.float8.enable_fsdp_float8_all_gather` does nothing with "
             "`parallelism.data_parallel_shard_degree` = 1: weights are gathered in the low dtype"

@@ -17,7 +17,6 @@ from torchtitan.tools.logging import logger
 import megalodon_plugin.ops  # noqa: F401  registers torch.ops.megalodon
 from megalodon_plugin.model.attention import QueryKey
 from megalodon_plugin.model.cema import CEMA
-from megalodon_plugin.model.feed_forward import FeedForward
 from megalodon_plugin.model.norm import LayerNorm, RMSNorm, TimestepNorm
 from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
@@ -42,9 +41,8 @@ SAVED_OPS = {
     torch._higher_order_ops.inductor_compiled_code,
 }
 
-# Modules whose own parameters stay float32 under mixed precision: CEMA, every norm, attention's gamma and beta, and the
-# feed-forward network's scale.
-FLOAT32_MODULES = (TimestepNorm, CEMA, RMSNorm, LayerNorm, QueryKey, FeedForward)
+# Modules whose own parameters stay float32 under mixed precision: CEMA, every norm, attention's gamma and beta.
+FLOAT32_MODULES = (TimestepNorm, CEMA, RMSNorm, LayerNorm, QueryKey)
 
 
 def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:

@@ -44,6 +44,8 @@ class MegalodonTrainer(Trainer):
     def __init__(self, job_config: Any):
         if job_config.model.name == "megalodon":
             layout.mark_own_entry()
+        if job_config.training.enable_cpu_offload and utils.device_type == "cpu":
+            raise ValueError("`training.enable_cpu_offload` must be false on a machine without a GPU, but is true")
         self._saves_random_state = True
         super().__init__(job_config)
         self._step_totals = LossTotals(self.device)

@@ -157,11 +157,71 @@ def test_stock_entry_is_sent_to_the_own_one(tmp_path: Path, key: str) -> None:
         args_of(tmp_path, parallelism={key: 2})
 
 
-@pytest.mark.parametrize("key", ["context_parallel_degree", "tensor_parallel_degree", "data_parallel_replicate_degree"])
-def test_own_entry_refuses_layouts_that_the_plugin_lacks(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("parallelism", "more", "message"),
+    [
+        (
+            {"context_parallel_degree": 2},
+            {},
+            r"`training\.seq_len` must be a multiple of `megalodon\.chunk_size` x "
+            r"`parallelism\.context_parallel_degree` = 16 x 2 = 32, .* is 48; what would work: `training\.seq_len` = 32 "
+            r"or 64, or `parallelism\.context_parallel_degree` = 1 or 3",
+        ),
+        (
+            {"context_parallel_degree": 3},
+            {"validation": {"enable": True, "seq_len": 64}},
+            r"`validation\.seq_len` must be a multiple of .* = 16 x 3 = 48, .* is 64",
+        ),
+        (
+            {"context_parallel_load_balancer": "ptrr"},
+            {},
+            r"`parallelism\.context_parallel_load_balancer` must .* 'ptrr'",
+        ),
+        ({"tensor_parallel_degree": 4}, {}, r"`parallelism\.tensor_parallel_degree` must .*`n_heads` = 2.* is 4"),
+        ({"expert_parallel_degree": 2}, {}, r"`parallelism\.expert_parallel_degree` must be 1, but is 2"),
+        (
+            {"enable_async_tensor_parallel": True},
+            {},
+            r"`parallelism\.enable_async_tensor_parallel` must be false, but is true",
+        ),
+        (
+            {"tensor_parallel_degree": 2},
+            {"model": {"converters": ["quantize.linear.float8"]}},
+            r"`megalodon\.z_dim` must be a multiple of 32 for float8 on `parallelism\.tensor_parallel_degree` = 2 ranks"
+            r", .* but is 16",
+        ),
+    ],
+)
+def test_own_entry_refuses_what_the_model_cannot_take(
+    tmp_path: Path, parallelism: dict[str, Any], more: dict[str, Any], message: str
+) -> None:
     layout.mark_own_entry()
-    with pytest.raises(ValueError, match=rf"`parallelism\.{key}` must be 1: .* but it is 2"):
-        args_of(tmp_path, parallelism={key: 2})
+    with pytest.raises(ValueError, match=message):
+        args_of(tmp_path, parallelism=parallelism, **more)
+
+
+@pytest.mark.parametrize(
+    "parallelism",
+    [
+        {"context_parallel_degree": 3},
+        {"tensor_parallel_degree": 2},
+        {"data_parallel_replicate_degree": 2},
+        {"context_parallel_degree": 3, "tensor_parallel_degree": 2, "pipeline_parallel_degree": 2},
+    ],
+    ids=str,
+)
+def test_own_entry_takes_every_layout(tmp_path: Path, parallelism: dict[str, int]) -> None:
+    layout.mark_own_entry()
+    assert args_of(tmp_path, parallelism=parallelism).n_layers == 2
+
+
+@pytest.mark.parametrize("listed", [[], ["layers.0"], ["output"]], ids=str)
+def test_float8_leaves_the_output_layer_out(tmp_path: Path, listed: list[str]) -> None:
+    sections = {"model": {"converters": ["quantize.linear.float8"]}}
+    job_config = read_job(write_job(tmp_path, **sections))
+    job_config.quantize.linear.float8.filter_fqns = listed
+    Flavors()["debug"].update_from_config(job_config)
+    assert job_config.quantize.linear.float8.filter_fqns == [*listed, *([] if "output" in listed else ["output"])]
 
 
 def test_own_entry_takes_a_pipeline_unless_weights_are_tied(tmp_path: Path) -> None:
