@@ -164,7 +164,7 @@ def test_stock_entry_is_sent_to_the_own_one(tmp_path: Path, key: str) -> None:
             {"context_parallel_degree": 2},
             {},
             r"`training\.seq_len` must be a multiple of `megalodon\.chunk_size` x "
-            r"`parallelism\.context_parallel_degree` = 16 x 2 = 32, .* is 48; what would work: `training\.seq_len` = 32 "
+            r"`parallelism\.context_parallel_degree` = 16 x 2 = 32, .* is 48; what would work: `training.seq_len` = 32 "
             r"or 64, or `parallelism\.context_parallel_degree` = 1 or 3",
         ),
         (
