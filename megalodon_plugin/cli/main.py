@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .bench import add_bench, run_bench
+from .plan import add_plan, run_plan
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,9 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     plot.add_argument("run", type=Path, help="the job's dump folder")
 
     add_bench(commands)
+    add_plan(commands)
 
     known, rest = parser.parse_known_args(arguments)
-    if known.command != "train" and rest:
+    if known.command not in ("train", "plan") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if known.command == "train":
@@ -47,11 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
             )
         elif known.command == "bench":
             run_bench(known)
+        elif known.command == "plan":
+            sys.exit(run_plan(known, rest))
         else:
             from .plot import plot_run
 
             print(plot_run(known.run))
     except ValueError as error:
+        if known.command == "plan":  # whose status 1 says that no layout fits
+            parser.exit(2, f"megalodon plan: {error}\n")
         sys.exit(f"megalodon {known.command}: {error}")
 
 

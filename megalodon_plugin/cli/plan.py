@@ -1,0 +1,367 @@
+"""`megalodon plan`: which layouts of GPUs a job may take, what each needs, and which to take. No GPU is used.
+
+Everything it prints but the parameter count is an estimate: memory from `parallel.estimate`, time from
+`parallel.traffic` and the speeds given as options.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon_plugin.parallel.chunk import check_chunk_parallel
+from megalodon_plugin.parallel.estimate import (
+    Layout,
+    Memory,
+    Parameter,
+    Stage,
+    Work,
+    activation_bytes,
+    parameters_of,
+    rank_memory,
+)
+from megalodon_plugin.parallel.tensor import check_tensor_parallel
+from megalodon_plugin.parallel.traffic import Exchange, Links, exchanges_of_step
+
+GIB = 2**30
+RESERVE = 0.1
+"""Share of the memory left free: the allocator's gaps, attention's scores, NCCL's buffers, the CUDA context."""
+SCHEDULES = ("1F1B", "GPipe")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the job's configuration says that a plan depends on."""
+
+    args: Any
+    parameters: list[Parameter]
+    forward_flops: float
+    """Of one token."""
+    options: Any
+    """The host's configuration itself."""
+
+    @property
+    def tokens_per_row(self) -> int:
+        return self.options.training.seq_len
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that the rules allow, with its estimates for the rank that has most of each."""
+
+    layout: Layout
+    work: Work
+    rows: int
+    """Of a step, over all ranks."""
+    memory: Memory
+    exchanges: list[Exchange]
+    seconds: dict[str, float]
+    """Of a step: "compute", "exchange" (if nothing of it hid behind computation) and "idle" (a pipeline's)."""
+    exchange_seconds: dict[str, float]
+    """By dimension."""
+
+    @property
+    def lost(self) -> float:
+        """Share of the step that is not computation."""
+        return 1 - self.seconds["compute"] / sum(self.seconds.values())
+
+    @property
+    def is_slow(self) -> bool:
+        """The host runs it in float32, though the job asks for a lower dtype."""
+        return activation_bytes(self.work, self.layout) > self.work.low_bytes
+
+    def fits(self, gib: float) -> bool:
+        return self.memory.total <= (1 - RESERVE) * gib * GIB
+
+
+def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to those of the console."""
+    plan = commands.add_parser(
+        "plan",
+        help="choose a layout of GPUs for a TOML file",
+        description="Estimate memory and communication of every layout that the job may take, without a GPU, and "
+        "recommend one. Further options are torchtitan's, such as --training.local_batch_size 2.",
+    )
+    plan.add_argument("config", type=Path, help="the TOML file")
+    plan.add_argument("--gpus", type=int, required=True, help="GPUs of the whole job")
+    plan.add_argument("--memory", type=float, default=80, metavar="GIB", help="memory of a GPU, in GiB (default 80)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="GPUs joined by NVLink (default 8)")
+    plan.add_argument("--seq-len", type=int, help="tokens a row, in place of the file's")
+    plan.add_argument("--rows", type=int, default=12, help="layouts to print (default 12)")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write all layouts and every exchange to a file")
+    speeds = plan.add_argument_group("speeds that the estimate of time rests on, of one GPU")
+    default = Links()
+    speeds.add_argument(
+        "--node-gb-s",
+        type=float,
+        default=default.node_gb_s,
+        help="GB/s each way inside a node (default 450: NVLink 4 of an H100, as published)",
+    )
+    speeds.add_argument(
+        "--network-gb-s",
+        type=float,
+        default=default.network_gb_s,
+        help="GB/s each way between nodes (default 50: 400 Gb/s a GPU, as published)",
+    )
+    speeds.add_argument(
+        "--latency-us",
+        type=float,
+        default=default.latency_us,
+        help="µs of a message, times log2 of the ranks (default 10, assumed)",
+    )
+    speeds.add_argument("--tflops", type=float, default=400.0, help="TFLOP/s of the model (default 400, assumed)")
+
+
+def run_plan(known: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the plan; the exit status: 0, or 1 if no layout fits.
+
+    Raises:
+        ValueError: an option is wrong, or no layout is allowed.
+    """
+    from .plan_report import advice, as_json, report
+
+    check_options(known)
+    job = load_job(known.config, known.seq_len, overrides)
+    found, refused = candidates(job, known)
+    if not found:
+        raise ValueError(f"`--gpus` must be a number that some layout takes, but is {known.gpus}: {refused}")
+    if known.json is not None:
+        known.json.write_text(as_json(job, found, known))
+    print(report(job, found, known, overrides))
+    if any(c.fits(known.memory) for c in found):
+        return 0
+    print(advice(job, found, known))
+    return 1
+
+
+def check_options(known: argparse.Namespace) -> None:
+    """Raise ValueError for what is out of range."""
+    if not known.config.is_file():
+        raise ValueError(f"the configuration file must come first and exist, but {str(known.config)!r} is no file")
+    for name in ("gpus", "gpus_per_node", "rows", "memory", "node_gb_s", "network_gb_s", "tflops"):
+        if getattr(known, name) <= 0:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {getattr(known, name)}")
+    if known.latency_us < 0:
+        raise ValueError(f"`--latency-us` must not be negative, but is {known.latency_us}")
+    if known.seq_len is not None and known.seq_len < 1:
+        raise ValueError(f"`--seq-len` must be at least 1, but is {known.seq_len}")
+    if known.gpus > known.gpus_per_node and known.gpus % known.gpus_per_node:
+        raise ValueError(f"`--gpus` must fill nodes of {known.gpus_per_node}, but is {known.gpus}")
+
+
+def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Job:
+    """The job of a TOML file with the host's overrides, its model on the meta device.
+
+    Raises:
+        ValueError: the job trains another model, or asks for something that cannot be estimated.
+    """
+    from megalodon_plugin.model import Megalodon
+    from megalodon_plugin.titan.args import Flavors
+    from megalodon_plugin.titan.entry import read_job
+
+    degrees = [option for option in overrides if option.startswith("--parallelism.") and "degree" in option]
+    if degrees:
+        raise ValueError(f"`{degrees[0].split('=')[0]}` must be left out: the degrees are what a plan chooses")
+    options = read_job(["--job.config_file", str(config), *overrides])
+    if options.model.name != "megalodon":
+        raise ValueError(f"`model.name` must be megalodon, but is {options.model.name!r}")
+    if seq_len is not None:
+        options.training.seq_len = options.validation.seq_len = seq_len
+    if options.activation_checkpoint.mode not in ("none", "full", "selective"):
+        mode = options.activation_checkpoint.mode
+        raise ValueError(f"`activation_checkpoint.mode` must be none, full or selective for a plan, but is {mode!r}")
+    if options.training.enable_cpu_offload:
+        raise ValueError("`training.enable_cpu_offload` must be false for a plan: it counts all state on the GPU")
+    for key in ("data_parallel_replicate", "context_parallel", "tensor_parallel", "pipeline_parallel"):
+        setattr(options.parallelism, f"{key}_degree", 1)
+    args = Flavors()[options.model.flavor]
+    args.update_from_config(options)
+    with torch.device("meta"):
+        model = Megalodon(args.config)
+    _, flops = args.get_nparams_and_flops(model, options.training.seq_len)
+    return Job(args, parameters_of(model), flops / 3, options)
+
+
+def layouts_of(gpus: int) -> Iterator[Layout]:
+    """Every way to write the number of GPUs as a product of the five degrees."""
+
+    def products(rest: int, factors: int) -> Iterator[tuple[int, ...]]:
+        if factors == 1:
+            yield (rest,)
+            return
+        for first in (n for n in range(1, rest + 1) if rest % n == 0):
+            for others in products(rest // first, factors - 1):
+                yield (first, *others)
+
+    for degrees in products(gpus, 5):
+        yield Layout(*degrees)
+
+
+def candidates(job: Job, known: argparse.Namespace) -> tuple[list[Candidate], str]:
+    """The layouts that the rules allow, best first, and the reasons why others are not.
+
+    The best loses the least time. Estimates do not tell apart what differs by less than a percent of the step, so
+    there the one with fewer dimensions comes first, then the one that needs less memory. What the host runs in float32
+    comes last.
+    """
+    found: list[Candidate] = []
+    reasons: dict[str, str] = {}
+    links = Links(known.gpus_per_node, known.node_gb_s, known.network_gb_s, known.latency_us)
+    for layout in layouts_of(known.gpus):
+        try:
+            check_layout(job, layout, known.gpus_per_node)
+            stages = stages_of(job, layout.pp)
+        except ValueError as error:
+            reasons.setdefault(str(error).split(",")[0], str(error))
+            continue
+        found.append(estimate(job, layout, stages, links, known.tflops))
+    found.sort(
+        key=lambda c: (
+            c.is_slow,
+            round(c.lost, 2),
+            sum(degree > 1 for degree in dataclasses.astuple(c.layout)),
+            c.memory.total,
+        )
+    )
+    return found, "; ".join(list(reasons.values())[:3])
+
+
+def check_layout(job: Job, layout: Layout, gpus_per_node: int) -> None:
+    """Raise ValueError for a layout that the host or the model cannot take."""
+    options, args = job.options, job.args
+    check_tensor_parallel(args, layout.tp)
+    if layout.tp > gpus_per_node or gpus_per_node % layout.tp:
+        raise ValueError(
+            f"`parallelism.tensor_parallel_degree` must divide the {gpus_per_node} GPUs of a node, but is {layout.tp}"
+        )
+    names = ("megalodon.chunk_size", "parallelism.context_parallel_degree")
+    check_chunk_parallel(job.tokens_per_row, args.chunk_size, layout.cp, ("training.seq_len", *names))
+    if options.validation.enable:
+        check_chunk_parallel(options.validation.seq_len, args.chunk_size, layout.cp, ("validation.seq_len", *names))
+    if layout.pp > 1 and args.tie_embedding:
+        raise ValueError("`megalodon.tie_embedding` must be false with pipeline stages, but is True")
+    if layout.gpus > layout.pp and (args.dropout or args.hidden_dropout or args.attention_dropout):
+        raise ValueError("`megalodon.dropout` and its kind must be 0 with data, tensor or context parallel ranks")
+    rows, step = options.training.global_batch_size, options.training.local_batch_size * layout.data
+    if rows > 0 and rows % step:
+        raise ValueError(
+            f"`training.global_batch_size` must be a multiple of `training.local_batch_size` x data parallel ranks = "
+            f"{options.training.local_batch_size} x {layout.data}, but is {rows}"
+        )
+
+
+def stages_of(job: Job, degree: int) -> list[Stage]:
+    """What each rank of a pipeline holds, as the host cuts the model.
+
+    Raises:
+        ValueError: the host cannot cut it so, or the schedule is none that is estimated.
+    """
+    if degree == 1:
+        return [Stage(job.args.n_layers)]
+    from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
+
+    options = job.options.parallelism
+    if options.pipeline_parallel_schedule not in SCHEDULES:
+        raise ValueError(
+            f"`parallelism.pipeline_parallel_schedule` must be one of {SCHEDULES} for a plan with stages, but is "
+            f"{options.pipeline_parallel_schedule!r}"
+        )
+    microbatch, rows = options.pipeline_parallel_microbatch_size, job.options.training.local_batch_size
+    if rows % microbatch:
+        raise ValueError(
+            f"`training.local_batch_size` must be a multiple of `parallelism.pipeline_parallel_microbatch_size` = "
+            f"{microbatch}, but is {rows}"
+        )
+    names = options.module_fqns_per_model_part
+    if names is None:
+        less = options.pipeline_parallel_first_stage_less_layers, options.pipeline_parallel_last_stage_less_layers
+        if degree > job.args.n_layers:
+            raise ValueError(
+                f"`parallelism.pipeline_parallel_degree` must be at most `n_layers` = {job.args.n_layers}, "
+                f"but is {degree}"
+            )
+        per_stage = options.pipeline_parallel_layers_per_stage
+        if per_stage is not None and -(-(job.args.n_layers + sum(less)) // per_stage) != degree:
+            raise ValueError(
+                f"`parallelism.pipeline_parallel_degree` must fit `pipeline_parallel_layers_per_stage` = {per_stage}, "
+                f"but is {degree}"
+            )
+        names = generate_llm_fqn_per_model_part(degree, job.args.n_layers, *less)
+    if len(names) != degree:
+        raise ValueError(
+            f"`parallelism.pipeline_parallel_degree` must be the {len(names)} parts of `module_fqns_per_model_part`, "
+            f"but is {degree}"
+        )
+    waiting = [rows // microbatch] * degree
+    if options.pipeline_parallel_schedule == "1F1B":
+        waiting = [min(n, degree - rank) for rank, n in enumerate(waiting)]
+    layers = [sum(name.startswith("layers.") for name in part) for part in names]
+    return [Stage(n, rank == 0, rank == degree - 1, waiting[rank]) for rank, n in enumerate(layers)]
+
+
+def work_of(job: Job, layout: Layout) -> tuple[Work, int]:
+    """What a rank does in a step, and the rows of the step over all ranks."""
+    options = job.options
+    training, checkpointing = options.training, options.activation_checkpoint
+    rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * layout.data
+    mode = checkpointing.mode
+    if mode == "selective":
+        mode = "full" if checkpointing.selective_ac_option == "0" else checkpointing.selective_ac_option
+    microbatch = training.local_batch_size
+    if layout.pp > 1:
+        microbatch = options.parallelism.pipeline_parallel_microbatch_size
+    work = Work(
+        rows=microbatch,
+        length=training.seq_len,
+        microbatches=training.local_batch_size // microbatch,
+        accumulation=rows // (training.local_batch_size * layout.data),
+        low_bytes=2 if training.mixed_precision_param == "bfloat16" else 4,
+        checkpointing=mode,
+        loss_parallel=not options.parallelism.disable_loss_parallel,
+        compiled_loss=options.compile.enable and "loss" in options.compile.components,
+    )
+    return work, rows
+
+
+def estimate(job: Job, layout: Layout, stages: list[Stage], links: Links, tflops: float) -> Candidate:
+    """A candidate for each of whose numbers the rank that has most of it stands."""
+    work, rows = work_of(job, layout)
+    policy = job.options.parallelism.fsdp_reshard_after_forward
+    reshard = {"always": True, "never": False, "default": layout.pp == 1}[policy]
+    config = job.args.config
+    memory = max(
+        (rank_memory(config, job.parameters, work, layout, stage, reshard) for stage in stages), key=lambda m: m.total
+    )
+    of_stages = [exchanges_of_step(config, job.parameters, work, layout, stage, reshard) for stage in stages]
+
+    def by_dimension(exchanges: list[Exchange]) -> dict[str, float]:
+        seconds = dict.fromkeys(("fsdp", "replicate", "tp", "cp", "pp"), 0.0)
+        for exchange in exchanges:
+            seconds[exchange.dimension] += exchange.messages * links.seconds(exchange)
+        return seconds
+
+    exchanges = max(of_stages, key=lambda found: sum(by_dimension(found).values()))
+    repeated = {"none": 0.0, "op": 0.0, "full": 1.0}.get(work.checkpointing)
+    if repeated is None:
+        repeated = 1 / int(work.checkpointing)
+    flops = job.forward_flops * (3 + repeated) * rows * work.length
+    compute = flops / (layout.gpus * tflops * 1e12)
+    # The fullest stage sets the pace, and a pipeline fills and drains once a backward pass.
+    pace = max(stage.layers for stage in stages) * layout.pp / job.args.n_layers
+    idle = compute * (pace * (1 + (layout.pp - 1) / work.microbatches) - 1)
+    exchange_seconds = by_dimension(exchanges)
+    seconds = {"compute": compute, "exchange": sum(exchange_seconds.values()), "idle": idle}
+    return Candidate(layout, work, rows, memory, exchanges, seconds, exchange_seconds)
+
+
+def with_checkpointing(job: Job, mode: str) -> Job:
+    """The same job under another mode of activation checkpointing."""
+    import copy
+
+    options = copy.deepcopy(job.options)
+    options.activation_checkpoint.mode = mode
+    return dataclasses.replace(job, options=options)

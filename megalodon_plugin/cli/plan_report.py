@@ -1,0 +1,195 @@
+"""What `megalodon plan` prints and writes."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from megalodon_plugin.parallel.estimate import Layout
+from megalodon_plugin.parallel.traffic import Exchange
+
+from .plan import GIB, RESERVE, Candidate, Job, candidates, with_checkpointing
+
+DEGREES = {
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "tp": "tensor_parallel_degree",
+    "cp": "context_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+}
+
+
+def report(job: Job, found: list[Candidate], known: argparse.Namespace, overrides: list[str]) -> str:
+    """The table of the layouts that fit, best first, and the recommendation."""
+    fitting = [c for c in found if c.fits(known.memory)]
+    parts = [_head(job, found, fitting, known)]
+    if fitting:
+        parts.append(_table(fitting[: known.rows]))
+        if any(c.is_slow for c in fitting[: known.rows]):
+            parts.append(
+                "float32: what the host makes of tensor or pipeline parallelism without FSDP; far slower than shown"
+            )
+        if len(fitting) > known.rows:
+            parts.append(f"... and {len(fitting) - known.rows} more (--rows {len(fitting)})")
+        parts += [_recommendation(fitting[0], known, overrides), _exchanges(fitting[0], known)]
+    return "\n\n".join(parts)
+
+
+def advice(job: Job, found: list[Candidate], known: argparse.Namespace) -> str:
+    """What would make the job fit."""
+    smallest = min(found, key=lambda c: c.memory.total)
+    need = smallest.memory.total / (1 - RESERVE) / GIB
+    lines = [
+        "No layout fits. What would:",
+        f"  GPUs with {need:.0f} GiB (now {known.memory:g}), as {_degrees_text(smallest.layout)}: {_memory(smallest)}",
+    ]
+    if smallest.work.checkpointing != "full":
+        full = [c for c in candidates(with_checkpointing(job, "full"), known)[0] if c.fits(known.memory)]
+        text = f"fits as {_degrees_text(full[0].layout)}" if full else "is not enough alone"
+        lines.append(f'  activation_checkpoint.mode = "full" {text}')
+    for factor in (2, 4, 8, 16):
+        more = argparse.Namespace(**vars(known) | {"gpus": known.gpus * factor})
+        if more.gpus > more.gpus_per_node and more.gpus % more.gpus_per_node:
+            continue
+        fitting = [c for c in candidates(job, more)[0] if c.fits(known.memory)]
+        if fitting:
+            lines.append(f"  {more.gpus} GPUs, as {_degrees_text(fitting[0].layout)}")
+            break
+    if job.options.training.local_batch_size > 1:
+        lines.append(f"  training.local_batch_size below {job.options.training.local_batch_size}")
+    return "\n".join(lines)
+
+
+def as_json(job: Job, found: list[Candidate], known: argparse.Namespace) -> str:
+    """Every allowed layout with its memory, times and exchanges; bytes and seconds."""
+    keys = ("gpus", "memory", "gpus_per_node", "node_gb_s", "network_gb_s", "latency_us", "tflops")
+    content = {
+        "config": str(known.config),
+        **{key: getattr(known, key) for key in keys},
+        "reserve": RESERVE,
+        "seq_len": job.tokens_per_row,
+        "model": dataclasses.asdict(job.args.config),
+        "n_parameters": _n_parameters(job),
+        "forward_flops_per_token": job.forward_flops,
+        "layouts": [_candidate_json(c, known) for c in found],
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _candidate_json(c: Candidate, known: argparse.Namespace) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(c.layout),
+        "fits": c.fits(known.memory),
+        "rows_per_step": c.rows,
+        "work": dataclasses.asdict(c.work),
+        "memory": dataclasses.asdict(c.memory) | {"total": c.memory.total},
+        "seconds": c.seconds,
+        "exchange_seconds": c.exchange_seconds,
+        "lost": c.lost,
+        "exchanges": [dataclasses.asdict(e) | {"sent": e.sent} for e in c.exchanges],
+    }
+
+
+def _n_parameters(job: Job) -> int:
+    return sum(p.numel() for p in job.parameters)
+
+
+def _head(job: Job, found: list[Candidate], fitting: list[Candidate], known: argparse.Namespace) -> str:
+    options = job.options
+    checkpointing = options.activation_checkpoint.mode
+    if checkpointing == "selective":
+        checkpointing += f" ({options.activation_checkpoint.selective_ac_option})"
+    rows = found[0].rows if options.training.global_batch_size > 0 else "one local batch of each rank's"
+    return "\n".join(
+        [
+            f"{options.model.flavor}: {_n_parameters(job):,} parameters, {rows} rows of {job.tokens_per_row} tokens a "
+            f"step, activation checkpointing {checkpointing}",
+            f"GPUs: {known.gpus} with {known.memory:g} GiB, {min(known.gpus, known.gpus_per_node)} a node. Layouts "
+            f"that the rules allow: {len(found)}; that fit with {RESERVE:.0%} of the memory left free: {len(fitting)}",
+            f"Estimates, not measurements. Time: {known.tflops:g} TFLOP/s, {known.node_gb_s:g} GB/s inside a node, "
+            f"{known.network_gb_s:g} GB/s between nodes, {known.latency_us:g} µs a message, nothing hidden",
+        ]
+    )
+
+
+def _table(shown: list[Candidate]) -> str:
+    heads = ["replicate", "shard", "cp", "tp", "pp", "state", "gathered", "saved", "at work", "total GiB"]
+    heads += ["fsdp", "tp", "cp", "pp", "sent GiB", "compute", "exchange", "idle s", "lost", ""]
+    rows = [heads]
+    for c in shown:
+        d, m = c.layout, c.memory
+        row = [str(n) for n in (d.dp_replicate, d.dp_shard, d.cp, d.tp, d.pp)]
+        sizes = (m.parameters + m.gradients + m.moments, m.gathered, m.saved, m.at_work, m.total)
+        row += [f"{size / GIB:.1f}" for size in sizes]
+        sent = [_sent(c.exchanges, names) for names in (("fsdp", "replicate"), ("tp",), ("cp",), ("pp",))]
+        row += [f"{size / GIB:.2f}" for size in (*sent, sum(sent))]
+        row += [f"{seconds:.2f}" for seconds in c.seconds.values()]
+        rows.append([*row, f"{c.lost:.1%}", "float32" if c.is_slow else ""])
+    return _aligned(rows)
+
+
+def _recommendation(best: Candidate, known: argparse.Namespace, overrides: list[str]) -> str:
+    degrees = {key: getattr(best.layout, name) for name, key in DEGREES.items()}
+    toml = ["[parallelism]", *(f"{key} = {degree}" for key, degree in degrees.items())]
+    options = [f"--parallelism.{key} {degree}" for key, degree in degrees.items()]
+    if known.seq_len is not None:
+        options.insert(0, f"--training.seq_len {known.seq_len}")
+    if overrides:
+        options.insert(0, shlex.join(overrides))
+    config, nodes = shlex.quote(str(known.config)), known.gpus // known.gpus_per_node
+    if nodes > 1:
+        start = f"torchrun --nnodes {nodes} --nproc_per_node {known.gpus_per_node} ... -m megalodon_plugin.cli.train"
+        start += f" --job.config_file {config}"
+    else:
+        start = f"megalodon train {config} --nproc {known.gpus}"
+    return "\n".join(
+        [f"Recommended: {_degrees_text(best.layout)}; {_memory(best)}. In the file", "", *_indented(toml), ""]
+        + ["or on the command line" + (", on every node" if nodes > 1 else ""), ""]
+        + _indented([" \\\n      ".join([start, *options])])
+    )
+
+
+def _exchanges(best: Candidate, known: argparse.Namespace) -> str:
+    if not best.exchanges:
+        return "Nothing is exchanged."
+    rows = [["exchange", "kind", "ranks", "part MiB", "sent MiB", "forward", "backward", "layers", "messages a step"]]
+    for e in best.exchanges:
+        number = [f"{size / 2**20:.3g}" for size in (e.part, e.sent)]
+        counts = [str(n) for n in (e.forward, e.backward, e.layers)]
+        rows.append([f"{e.dimension}: {e.what}", e.kind, str(e.ranks), *number, *counts, f"{e.messages:g}"])
+    legend = (
+        "Part: what a rank contributes or keeps. Sent: what one message moves over its link. Forward, backward:\n"
+        "messages of a layer in one pass; those of a step include what activation checkpointing repeats."
+    )
+    return f"{_aligned(rows, left=2)}\n\n{legend}"
+
+
+def _sent(exchanges: Iterable[Exchange], dimensions: tuple[str, ...]) -> float:
+    return sum(e.messages * e.sent for e in exchanges if e.dimension in dimensions)
+
+
+def _memory(c: Candidate) -> str:
+    return f"{c.memory.total / GIB:.1f} GiB a rank"
+
+
+def _degrees_text(layout: Layout) -> str:
+    named = [(name, degree) for name, degree in dataclasses.asdict(layout).items() if degree > 1]
+    return " x ".join(f"{name} {degree}" for name, degree in named) or "one GPU"
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
+
+
+def _aligned(rows: list[list[str]], left: int = 0) -> str:
+    """Columns of equal width; the first `left` flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
