@@ -73,6 +73,24 @@ LAYOUTS: dict[str, Layout] = {
     "cp x tp, tied": Layout({"cp": 2, "tp": 2}, TIED),
 }
 
+FLOAT8 = {
+    "model": {"converters": ["quantize.linear.float8"]},
+    "quantize.linear.float8": {"emulate": True},
+    "megalodon": {"z_dim": 32, "value_dim": 64, "ffn_dim": 64},  # parts of two ranks are multiples of 16
+}
+GATHERED_FLOAT8 = FLOAT8 | {
+    "quantize.linear.float8": {
+        "emulate": True,
+        "enable_fsdp_float8_all_gather": True,
+        "precompute_float8_dynamic_scale_for_fsdp": True,
+    }
+}
+FLOAT8_LAYOUTS = {
+    "fsdp, gathered in float8": Layout({"fsdp": 2}, GATHERED_FLOAT8),
+    "cp x tp, float8": Layout({"cp": 2, "tp": 2}, FLOAT8),
+}
+"""Ranks scale their own activations and parts, so these are near one process in float8 and not equal to it."""
+
 MOVES = ("fsdp", "tp", "cp", "pp", "one process")
 """A checkpoint's way through layouts, STEPS_OF_A_MOVE steps in each."""
 STEPS_OF_A_MOVE = 2
@@ -173,8 +191,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlim(1e-9, 1e-3)
     axes.invert_yaxis()
-    axes.set_xlabel(f"largest relative difference of loss and gradient norm from one process, {STEPS} steps, float32")
-    axes.legend()
+    axes.set_xlabel(f"loss and gradient norm: largest relative difference\nfrom one process, {STEPS} steps, float32")
+    axes.legend(loc="upper right")
     figure.savefig(path, dpi=120)
 
 
