@@ -56,7 +56,8 @@ def apply_chunk_parallel(model: nn.Module, ranks: Ranks) -> None:
 
 
 def _gather_impl(summary: Tensor, size: int, name: str) -> Tensor:
-    return start_gather(summary.unsqueeze(0), Ranks(size, 0, name))
+    # A copy that nobody else knows: a compiled graph may put other numbers into `summary` before it has been sent.
+    return start_gather(summary.unsqueeze(0).clone(), Ranks(size, 0, name))
 
 
 # An op of its own, so that activation checkpointing can keep these small results and not every other gather's.
