@@ -92,13 +92,23 @@ FLOAT8_LAYOUTS = {
 """Ranks scale their own activations and parts, so these are near one process in float8 and not equal to it."""
 
 MOVES = ("fsdp", "tp", "cp", "pp", "one process")
-"""A checkpoint's way through layouts, STEPS_OF_A_MOVE steps in each."""
 STEPS_OF_A_MOVE = 2
+"""A checkpoint's way through layouts, and how many steps it makes in each."""
+
+
+def rows_of_a_rank(layout: Layout) -> int:
+    return ROWS // (layout.degrees.get("fsdp", 1) * layout.degrees.get("replicate", 1))
+
+
+def validation(layout: Layout, folder: Path) -> dict[str, Any]:
+    """The host's section for a validation after the last step, on the texts of the job in `folder`."""
+    texts = {"dataset": "local_text", "dataset_path": str(folder / "texts"), "seq_len": LENGTH}
+    return {"enable": True, **texts, "local_batch_size": rows_of_a_rank(layout), "freq": STEPS, "steps": 2}
 
 
 def sections(layout: Layout, steps: int, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The job's TOML sections for a layout, for `write_job`."""
-    rows = ROWS // (layout.degrees.get("fsdp", 1) * layout.degrees.get("replicate", 1))
+    rows = rows_of_a_rank(layout)
     found: dict[str, dict[str, Any]] = {
         "megalodon": {"n_layers": 4, "chunk_size": CHUNK},
         # A norm that every step exceeds, so that clipping is compared too.
@@ -135,7 +145,7 @@ def move(folder: Path) -> Records:
     return records
 
 
-def unbroken(folder: Path, from_step_0_of: Path | None = None) -> Records:
+def unbroken(folder: Path) -> Records:
     """The run of one process that `move` must equal."""
     return run(folder, Layout({}), steps=len(MOVES) * STEPS_OF_A_MOVE, checkpoint={"interval": 100})
 

@@ -215,6 +215,14 @@ def test_own_entry_takes_every_layout(tmp_path: Path, parallelism: dict[str, int
     assert args_of(tmp_path, parallelism=parallelism).n_layers == 2
 
 
+def test_offloading_needs_a_gpu(tmp_path: Path) -> None:
+    from megalodon_plugin.titan.trainer import MegalodonTrainer
+
+    job_config = read_job(write_job(tmp_path, training={"enable_cpu_offload": True}))
+    with pytest.raises(ValueError, match=r"`training\.enable_cpu_offload` must be false .* but is true"):
+        MegalodonTrainer(job_config)
+
+
 @pytest.mark.parametrize("listed", [[], ["layers.0"], ["output"]], ids=str)
 def test_float8_leaves_the_output_layer_out(tmp_path: Path, listed: list[str]) -> None:
     sections = {"model": {"converters": ["quantize.linear.float8"]}}

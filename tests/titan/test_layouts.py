@@ -1,6 +1,7 @@
 """Some of the matrix of layouts (tests/layouts.py, `make layouts` runs all): processes together equal one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,8 @@ from layouts import (
     FLOAT8,
     FLOAT8_LAYOUTS,
     LAYOUTS,
+    LENGTH,
+    ROWS,
     STEPS,
     TOLERANCE,
     Layout,
@@ -17,7 +20,9 @@ from layouts import (
     move,
     run,
     unbroken,
+    validation,
 )
+from tiny_job import read_records
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +30,38 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_seed(tmp_path_factory.mktemp("seed"), Layout({}))
 
 
+def train(folder: Path, layout: Layout, seed: Path) -> tuple[Records, list[dict[str, Any]], list[float]]:
+    """Losses and gradient norms, the whole records of training, and the losses of validation."""
+    records = run(folder, layout, seed, validation=validation(layout, folder), data={"validation_fraction": 0.3})
+    validations = [r["validation_metrics/loss"] for r in read_records(folder / "run", "validation")]
+    return records, read_records(folder / "run"), validations
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, seed: Path) -> Records:
-    """Losses and gradient norms of one process, with gradients that are clipped."""
-    records = run(tmp_path_factory.mktemp("alone"), Layout({}), seed)
+def alone(tmp_path_factory: pytest.TempPathFactory, seed: Path) -> tuple[Records, list[dict[str, Any]], list[float]]:
+    """One process, with gradients that are clipped."""
+    records, whole, validations = train(tmp_path_factory.mktemp("alone"), Layout({}), seed)
     assert list(records) == list(range(1, STEPS + 1))
     assert all(norm > 0.5 for _, norm in records.values())
-    return records
+    assert [r["n_tokens_seen"] for r in whole] == [ROWS * LENGTH * step for step in records]
+    assert len(validations) == 2  # after the first step and the last
+    return records, whole, validations
 
 
 @pytest.mark.parametrize("name", ["fsdp", "replicate", "tp", "pp", "cp, accumulated gradients", "cp x tp"])
-def test_processes_equal_one(tmp_path: Path, seed: Path, alone: Records, name: str) -> None:
-    assert deviation(run(tmp_path, LAYOUTS[name], seed), alone) < TOLERANCE
+def test_processes_equal_one(tmp_path: Path, seed: Path, alone: Any, name: str) -> None:
+    layout = LAYOUTS[name]
+    expected, whole, expected_validations = alone
+    records, found, validations = train(tmp_path, layout, seed)
+    assert deviation(records, expected) < TOLERANCE
+    assert validations == pytest.approx(expected_validations, rel=TOLERANCE)
+    assert [r["n_tokens_seen"] for r in found] == [r["n_tokens_seen"] for r in whole]
+    for record in found:
+        mean, largest = (record[f"loss_metrics/global_{which}_loss"] for which in ("avg", "max"))
+        if {"fsdp", "replicate", "cp"} & layout.degrees.keys():  # ranks have tokens of their own
+            assert mean < largest < 1.5 * mean
+        else:
+            assert largest == pytest.approx(mean, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
