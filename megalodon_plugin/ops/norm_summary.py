@@ -27,6 +27,41 @@ def norm_summary(x: Tensor, num_groups: int, dtype: torch.dtype) -> NormState:
     return NormState(count, mean, var)
 
 
+def norm_fold(summaries: Tensor, rank: int) -> Tensor:
+    """Mean and variance (2, B, G) of slices 0 .. rank - 1, from those of each, (P, 2, B, G); zeros for the first.
+
+    The slices are equally long:  mean = average of mean_k,  var = average of var_k + (mean_k - mean)^2. No gradient
+    flows through it; see `norm_fold_grad`.
+    """
+    return _fold_op(summaries, rank)
+
+
+def norm_fold_grad(summaries: Tensor, grads: Tensor, rank: int) -> Tensor:
+    """Gradient (2, B, G) of slice `rank`'s mean and variance from those of what came before each slice, (P, 2, B, G).
+
+    Of the fold of n slices, with gradient (dm, dv):   dmean_k = (dm + 2 (mean_k - m) dv) / n,   dvar_k = dv / n.
+    """
+    return _fold_grad_op(summaries, grads, rank)
+
+
+def _fold_impl(summaries: Tensor, rank: int) -> Tensor:
+    if rank == 0:
+        return torch.zeros_like(summaries[0])
+    means, variances = summaries[:rank].double().unbind(1)
+    mean = means.mean(0)
+    return torch.stack([mean, (variances + (means - mean).square()).mean(0)]).to(summaries.dtype)
+
+
+def _fold_grad_impl(summaries: Tensor, grads: Tensor, rank: int) -> Tensor:
+    total = torch.zeros_like(grads[0], dtype=torch.float64)
+    means = summaries[:, 0].double()
+    for later in range(rank + 1, summaries.shape[0]):
+        dmean, dvar = grads[later].double().unbind(0)
+        centred = means[rank] - means[:later].mean(0)
+        total = total + torch.stack([dmean + 2 * centred * dvar, dvar]) / later
+    return total.to(grads.dtype)
+
+
 def _forward_impl(x: Tensor, num_groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if x.is_cuda and dtype == torch.float32 and norm_summary_cuda.takes(x):
         found = backend.available("timestep_norm", x, lambda: norm_summary_cuda.summary(x, num_groups))
@@ -41,11 +76,23 @@ def _forward_impl(x: Tensor, num_groups: int, dtype: torch.dtype) -> tuple[Tenso
 
 
 _summary_op = define_op("norm_summary", _forward_impl)
+_fold_op = define_op("norm_fold", _fold_impl)
+_fold_grad_op = define_op("norm_fold_grad", _fold_grad_impl)
 
 
 @torch.library.register_fake("megalodon::norm_summary")
 def _(x, num_groups, dtype):
     return x.new_empty(x.shape[0], num_groups, dtype=dtype), x.new_empty(x.shape[0], num_groups, dtype=dtype)
+
+
+@torch.library.register_fake("megalodon::norm_fold")
+def _(summaries, rank):
+    return summaries.new_empty(summaries.shape[1:])
+
+
+@torch.library.register_fake("megalodon::norm_fold_grad")
+def _(summaries, grads, rank):
+    return grads.new_empty(grads.shape[1:])
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

@@ -10,6 +10,10 @@ section 3.4).
 | TimestepNorm | mean and variance, 2 B G numbers | gradient of the statistics before each slice, 2 B G |
 | CEMA | hidden state, 2 B D N | gradient of the state before each slice from its own output, 2 B D N |
 
+What a rank computes depends on its number inside ops alone. So all ranks compile the same graph, with the same
+exchanges in the same order. In a graph of its own, the first rank, say, would leave out an exchange whose result it does
+not need, and the others would wait for it for ever.
+
 CEMA's exchange runs while the block computes its values, which do not need CEMA. TimestepNorm's cannot hide, for
 everything in the block needs its output.
 """
@@ -21,6 +25,7 @@ from megalodon_plugin.model.cema import CEMA
 from megalodon_plugin.model.norm import TimestepNorm
 from megalodon_plugin.ops import NormState
 from megalodon_plugin.ops.cema_slice import CemaParameters, cema_fold, cema_summary, cema_summary_grad
+from megalodon_plugin.ops.norm_summary import norm_fold, norm_fold_grad
 from megalodon_plugin.ops.register import define_op
 
 from .collectives import Ranks, start_gather, wait
@@ -90,39 +95,13 @@ class _NormExchange(torch.autograd.Function):
         summaries = wait(gather_summaries(summary, size, name))  # (P, 2, B, G)
         ctx.size, ctx.rank, ctx.name = size, rank, name
         ctx.save_for_backward(summaries)
-        return _fold_norms(summaries, rank)
+        return norm_fold(summaries, rank)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (summaries,) = ctx.saved_tensors
         grads = wait(gather_summaries(grad, ctx.size, ctx.name))  # (P, 2, B, G): of every rank's prefix
-        return _fold_norm_grads(summaries, grads, ctx.rank), None, None, None
-
-
-def _fold_norms(summaries: Tensor, rank: int) -> Tensor:
-    """Mean and variance (2, B, G) of slices 0 .. rank - 1, which are equally long; zeros before the first.
-
-    mean = average of mean_k,  var = average of var_k + (mean_k - mean)^2.
-    """
-    if rank == 0:
-        return torch.zeros_like(summaries[0])
-    means, variances = summaries[:rank].double().unbind(1)
-    mean = means.mean(0)
-    return torch.stack([mean, (variances + (means - mean).square()).mean(0)]).to(summaries.dtype)
-
-
-def _fold_norm_grads(summaries: Tensor, grads: Tensor, rank: int) -> Tensor:
-    """Gradient (2, B, G) of slice `rank`'s mean and variance from those of the prefixes of all later slices.
-
-    Of the prefix of n slices, with gradient (dm, dv):   dmean_k = (dm + 2 (mean_k - m) dv) / n,   dvar_k = dv / n.
-    """
-    total = torch.zeros_like(grads[0], dtype=torch.float64)
-    means = summaries[:, 0].double()
-    for later in range(rank + 1, summaries.shape[0]):
-        dmean, dvar = grads[later].double().unbind(0)
-        centred = means[rank] - means[:later].mean(0)
-        total = total + torch.stack([dmean + 2 * centred * dvar, dvar]) / later
-    return total.to(grads.dtype)
+        return norm_fold_grad(summaries, grads, ctx.rank), None, None, None
 
 
 class RanksCemaPrefix:

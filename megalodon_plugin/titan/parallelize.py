@@ -32,6 +32,7 @@ SAVED_OPS = {
     torch.ops.megalodon.chunk_attention.default,
     # Chunk parallelism's summaries and what is folded from them: small, and each stands for an exchange.
     torch.ops.megalodon.norm_summary.default,
+    torch.ops.megalodon.norm_fold.default,
     torch.ops.megalodon.cema_summary.default,
     torch.ops.megalodon.cema_fold.default,
     torch.ops.megalodon.gather_summaries.default,

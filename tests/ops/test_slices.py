@@ -5,7 +5,7 @@ import torch
 
 from megalodon_plugin.ops import NormState, cema, timestep_norm
 from megalodon_plugin.ops.cema_slice import CemaParameters, cema_fold, cema_summary, cema_summary_grad
-from megalodon_plugin.ops.norm_summary import norm_summary
+from megalodon_plugin.ops.norm_summary import norm_fold, norm_fold_grad, norm_summary
 from megalodon_plugin.ops.timestep_norm import merge_norm_states
 
 BATCH, DIM, ORDER, GROUPS = 2, 6, 3, 2
@@ -92,6 +92,24 @@ def test_norm_summaries_merge_to_the_state_of_the_whole() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_fold_of_norm_summaries_and_its_gradient(rank: int) -> None:
+    slices = random(4, BATCH, 20, DIM).cumsum(0)
+    summaries = torch.stack([torch.stack(norm_summary(part, GROUPS, torch.float64)[1:]) for part in slices])
+    folded = norm_fold(summaries, rank)
+    if rank:
+        before = norm_summary(slices[:rank].transpose(0, 1).flatten(1, 2), GROUPS, torch.float64)
+        torch.testing.assert_close(folded, torch.stack(before[1:]), rtol=1e-12, atol=1e-12)
+    # The gradient of slice 1 from those of all prefixes, against autograd through every fold as its equation reads.
+    leaf, grads = summaries.clone().requires_grad_(), random(*summaries.shape)
+    prefixes = []
+    for n in range(1, 4):
+        mean = leaf[:n, 0].mean(0)
+        prefixes.append(torch.stack([mean, (leaf[:n, 1] + (leaf[:n, 0] - mean) ** 2).mean(0)]))
+    (expected,) = torch.autograd.grad(torch.stack(prefixes), leaf, grads[1:])
+    torch.testing.assert_close(norm_fold_grad(summaries, grads, rank), expected[rank], rtol=1e-12, atol=1e-12)
+
+
 def test_norm_summary_gradient() -> None:
     x = random(BATCH, 9, DIM).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: norm_summary(t, GROUPS, torch.float64)[1:], (x,))
@@ -106,4 +124,8 @@ def test_slice_ops_pass_opcheck(dtype: torch.dtype) -> None:
     for reverse in (False, True):
         torch.library.opcheck(ops.cema_summary.default, (x, *parameters, False, reverse))
         torch.library.opcheck(ops.cema_fold.default, (summaries, *parameters[:4], False, 70, 1, reverse))
+    statistics = random(2, 3, 2, BATCH, GROUPS).float().abs()
+    for rank in (0, 1, 2):
+        torch.library.opcheck(ops.norm_fold.default, (statistics[0], rank))
+        torch.library.opcheck(ops.norm_fold_grad.default, (*statistics, rank))
     torch.library.opcheck(ops.norm_summary.default, (x.requires_grad_(), GROUPS, torch.float32))

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,7 +90,7 @@ def train_transformed() -> dict[str, dict[str, Tensor]]:
         layer.forward = lambda x, inner=inner: checkpoint(inner, x, use_reentrant=False)
     compiled = make_model()
     for layer in compiled.layers.values():
-        layer.compile(fullgraph=True, backend="aot_eager")
+        layer.compile(fullgraph=True, backend="aot_eager_decomp_partition")
     return {"recomputed": train_slice(recomputed), "compiled": train_slice(compiled)}
 
 
@@ -211,6 +213,37 @@ def test_a_block_exchanges_two_small_tensors_in_each_direction(eight_ranks: Rank
     norm, cema = 2 * BATCH * model.cfg.norm_groups, 2 * BATCH * model.cfg.dim * model.cfg.cema_ndim
     assert forward.found == {("gather_summaries", norm): 1, ("gather_summaries", cema): 1}
     assert backward.found == forward.found
+
+
+def compiled_ops(rank: int) -> list[list[str]]:
+    """The ops of a compiled block's graphs, forward and backward, in order, on one of 4 ranks."""
+    graphs: list[list[str]] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+    try:
+        torch._dynamo.reset()
+        model = make_model(torch.float32)
+        apply_chunk_parallel(model, Ranks.of(dist.group.WORLD))
+        block = model.layers["0"]
+        block.compile(
+            fullgraph=True, backend=aot_autograd(fw_compiler=record, partition_fn=min_cut_rematerialization_partition)
+        )
+        block(torch.randn(BATCH, 16, model.cfg.dim, requires_grad=True)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    return graphs
+
+
+def test_all_ranks_compile_the_same_graph() -> None:
+    """One that leaves an exchange out, or makes two in another order, hangs all others."""
+    first, *others = [compiled_ops(rank) for rank in range(4)]
+    for ops in first:
+        assert sum("gather_summaries" in op for op in ops) == 2
+    assert len(first) == 2 and all(graphs == first for graphs in others)
 
 
 @pytest.mark.parametrize(("length", "chunk", "degree"), [(64, 16, 4), (30, 16, 1), (96, 16, 3)])
