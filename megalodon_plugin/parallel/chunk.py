@@ -11,8 +11,8 @@ section 3.4).
 | CEMA | hidden state, 2 B D N | gradient of the state before each slice from its own output, 2 B D N |
 
 What a rank computes depends on its number inside ops alone. So all ranks compile the same graph, with the same
-exchanges in the same order. In a graph of its own, the first rank, say, would leave out an exchange whose result it does
-not need, and the others would wait for it for ever.
+exchanges in the same order. In a graph of its own, the first rank, say, would leave out an exchange whose result it
+does not need, and the others would wait for it for ever.
 
 CEMA's exchange runs while the block computes its values, which do not need CEMA. TimestepNorm's cannot hide, for
 everything in the block needs its output.
