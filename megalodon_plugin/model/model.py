@@ -89,20 +89,30 @@ class Megalodon(nn.Module):
             raise ValueError(f"`tokens` must have shape (B, L), but has {tuple(tokens.shape)}")
         if tokens.shape[1] < 1:
             raise ValueError(f"`tokens` must hold at least one timestep, but has shape {tuple(tokens.shape)}")
-        x = self._embed(tokens)
-        if state is None and not return_state:
-            for layer in self.layers.values():
-                x = layer(x)
-            new_state = None
-            if self.norm is not None:
-                x, _ = self.norm(x)
-        else:
-            x, new_state = self._streamed(x, state)
+        x, new_state = self.features(tokens, state, return_state)
         if self.output is not None:
-            x = self.output(x)
-            if not self.training:
-                x = at_least_float32(x)
-        return (x, new_state) if return_state and new_state is not None else x
+            x = self.logits(x)
+        return (x, new_state) if new_state is not None else x
+
+    def features(
+        self, tokens: Tensor, state: MegalodonState | None = None, return_state: bool = False
+    ) -> tuple[Tensor, MegalodonState | None]:
+        """What the output layer reads, (B, L, D), and with `return_state` the state after the tokens; see `forward`.
+
+        For long pieces of which not all logits are wanted at once: L rows of logits are far larger than L of features.
+        """
+        x = self._embed(tokens)
+        if state is not None or return_state:
+            x, new_state = self._streamed(x, state)
+            return x, new_state if return_state else None
+        for layer in self.layers.values():
+            x = layer(x)
+        return (x if self.norm is None else self.norm(x)[0]), None
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The output layer, (..., D) -> (..., vocabulary); dtypes as in `forward`."""
+        logits = self.output(features)
+        return logits if self.training else at_least_float32(logits)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.tok_embeddings is None:

@@ -15,9 +15,7 @@ from torchtitan.models.llama3.infra.parallelize import apply_compile
 from torchtitan.tools.logging import logger
 
 import megalodon_plugin.ops  # noqa: F401  registers torch.ops.megalodon
-from megalodon_plugin.model.attention import QueryKey
-from megalodon_plugin.model.cema import CEMA
-from megalodon_plugin.model.norm import LayerNorm, RMSNorm, TimestepNorm
+from megalodon_plugin.model.precision import float32_parameters
 from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
 from megalodon_plugin.parallel.tensor import apply_tensor_parallel
@@ -41,9 +39,6 @@ SAVED_OPS = {
     torch.ops.aten.max.default,
     torch._higher_order_ops.inductor_compiled_code,
 }
-
-# Modules whose own parameters stay float32 under mixed precision: CEMA, every norm, attention's gamma and beta.
-FLOAT32_MODULES = (TimestepNorm, CEMA, RMSNorm, LayerNorm, QueryKey)
 
 
 def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
@@ -99,12 +94,6 @@ def data_mesh(parallel_dims: ParallelDims) -> DeviceMesh | None:
     # (The host's DDP divides the gradients once more, torchtitan #2318.)
     parallel_dims.world_mesh  # noqa: B018  builds the meshes
     return parallel_dims._global_meshes["dense"]["dp_replicate", "fsdp"]
-
-
-def float32_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that mixed precision must not round."""
-    small = (module for module in model.modules() if isinstance(module, FLOAT32_MODULES))
-    return {parameter for module in small for parameter in module.parameters(recurse=False)}
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, parallel_dims: ParallelDims, job_config: Any) -> None:

@@ -109,7 +109,7 @@ def test_a_rank_holds_the_parts_that_the_host_gives_it(four_ranks: None, shards:
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_the_float32_group_is_the_hosts(options: dict[str, Any]) -> None:
-    from megalodon_plugin.titan.parallelize import float32_parameters
+    from megalodon_plugin.model.precision import float32_parameters
 
     model = meta_model(MegalodonConfig(**SIZES | options))
     small = float32_parameters(model)
