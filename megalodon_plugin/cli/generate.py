@@ -1,14 +1,95 @@
-"""`megalodon generate`: continue a text from a checkpoint, token by token."""
+"""`megalodon generate`: continue texts from a checkpoint, token by token."""
 
-from collections.abc import Iterator
+import argparse
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from megalodon_plugin.model import generate
+from megalodon_plugin.model.generate import continue_from
+from megalodon_plugin.model.reading import Reading, read
+from megalodon_plugin.model.sampling import Sampling
 
-CONTEXT_TOKENS = 16
+from .row_texts import RowText, show_in_order
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_generate(commands: Any) -> None:
+    """Add the command's options."""
+    generate = commands.add_parser(
+        "generate",
+        help="continue texts from a checkpoint",
+        description="Continue texts from a checkpoint, in constant memory however long they are.",
+    )
+    add_model_options(generate)
+    prompts = generate.add_argument_group("prompts")
+    prompts.add_argument("--prompt", action="append", default=[], help="a text to continue; may be given again")
+    prompts.add_argument("--prompt-file", action="append", default=[], type=Path, help="a file of UTF-8 to continue")
+    prompts.add_argument("--prefill-tokens", type=int, help="read prompts in pieces of this length (default 16384)")
+    prompts.add_argument("--load-state", type=Path, help="go on from what --save-state wrote, prompts come after it")
+    prompts.add_argument("--save-state", type=Path, help="write the state after the prompts")
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=200)
+    sampling.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    sampling.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this much probability")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--stop-token", type=int, action="append", default=[], help="an id that ends a text too")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the tokenizer's end token")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that runs a checkpoint."""
+    parser.add_argument(
+        "checkpoint", type=Path, help="a step-N folder, a folder of safetensors, or of the authors' release"
+    )
+    parser.add_argument("--tokenizer", help='"byte", a tokenizer file or a folder; by default the checkpoint\'s')
+    parser.add_argument("--dtype", choices=DTYPES, help="of the matrices (default bfloat16 on a GPU, else float32)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+
+
+def load_model(known: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer that the options name.
+
+    Raises:
+        ValueError: see `titan.load.load_checkpoint`; or the device does not exist.
+    """
+    from megalodon_plugin.titan.load import load_checkpoint
+
+    device = known.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
+        raise ValueError(f"`--device` must be cpu, or cuda where there is a GPU, but is {device!r}")
+    dtype = known.dtype or ("float32" if device == "cpu" else "bfloat16")
+    return load_checkpoint(known.checkpoint, device, DTYPES[dtype], known.tokenizer)
+
+
+def run_generate(known: argparse.Namespace) -> None:
+    """Run the command."""
+    sampling = Sampling(temperature=known.temperature, top_k=known.top_k, top_p=known.top_p)
+    if known.max_new_tokens < 0:
+        raise ValueError(f"`--max-new-tokens` must not be negative, but is {known.max_new_tokens}")
+    prompts = [*known.prompt, *(_file_content(path) for path in known.prompt_file)]
+    if not prompts and known.load_state is None:
+        raise ValueError("there must be a prompt: give `--prompt`, `--prompt-file` or `--load-state`")
+    if not known.load_state and not all(prompts):
+        raise ValueError("a prompt must not be empty, but one is")
+    if known.save_state is not None and not known.save_state.absolute().parent.is_dir():
+        raise ValueError(f"`--save-state` must lie in a folder that exists, but is {known.save_state}")
+    model, tokenizer = load_model(known)
+    after = Reading.load(known.load_state, model) if known.load_state else None
+    if after is not None and not prompts:
+        prompts = [""] * len(after.logits)
+    rows = encode(tokenizer, prompts, after is None)
+    reading = read_prompts(model, rows, after, known.prefill_tokens)
+    if known.save_state is not None:
+        reading.save(known.save_state, model)
+    stops = {*known.stop_token, *([] if known.ignore_eos else [tokenizer.eos_id])} - {None}
+    write_continuations(
+        model, tokenizer, reading, prompts, rows, known.max_new_tokens, sampling, known.seed, stops, sys.stdout
+    )
 
 
 def generate_from_checkpoint(
@@ -23,43 +104,64 @@ def generate_from_checkpoint(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_checkpoint(checkpoint, device)
-    ids = tokenizer.encode(prompt, add_bos=True, add_eos=False)
-    if not ids:
-        raise ValueError(f"`prompt` must give at least one token, but {prompt!r} gives none")
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = generate(
-        model,
-        torch.tensor([ids], device=device),
-        max_new_tokens,
-        temperature,
-        generator,
-        n_tokens=min(tokenizer.get_vocab_size(), model.cfg.n_outputs),
-    )
-    out.write(prompt)
-    continuation = ""
-    for text in _texts((int(token) for token in tokens), ids, tokenizer):
-        out.write(text)
-        out.flush()
-        continuation += text
-    out.write("\n")
-    return continuation
+    rows = encode(tokenizer, [prompt], True)
+    reading = read(model, [row.to(device) for row in rows])
+    sampling = Sampling(temperature=temperature)
+    stops = {tokenizer.eos_id} - {None}
+    return write_continuations(model, tokenizer, reading, [prompt], rows, max_new_tokens, sampling, seed, stops, out)[0]
 
 
-def _texts(new_tokens: Iterator[int], ids: list[int], tokenizer: Any) -> Iterator[str]:
-    """Yield the text that each new token adds, up to the end mark; a character of several bytes once it is whole.
+def encode(tokenizer: Any, prompts: list[str], begins: bool) -> list[torch.Tensor]:
+    """Token ids of each prompt, (L,) int64; the tokenizer's begin token comes first where a text begins.
 
-    A token's text may depend on the one before it (SentencePiece drops a leading space), so each is decoded behind the
-    last few, not alone and not behind the whole text.
+    Raises:
+        ValueError: a prompt that begins a text gives no token.
     """
-    window = ids[-CONTEXT_TOKENS:]
-    shown = tokenizer.decode(window)
-    for token in new_tokens:
-        if token == tokenizer.eos_id:
-            return
-        window.append(token)
-        text = tokenizer.decode(window)
-        if text.endswith("\ufffd"):
-            continue
-        yield text[len(shown) :]
-        window = window[-CONTEXT_TOKENS:]
-        shown = tokenizer.decode(window)
+    rows = [torch.tensor(tokenizer.encode(p, add_bos=begins, add_eos=False), dtype=torch.int64) for p in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if begins and not len(row):
+            raise ValueError(f"`prompt` must give at least one token, but {prompt!r} gives none")
+    return rows
+
+
+def read_prompts(model: Any, rows: list[torch.Tensor], after: Reading | None, piece_tokens: int | None) -> Reading:
+    """`model.reading.read` with progress on stderr where prompts are long."""
+    total = sum(map(len, rows))
+    device = model.tok_embeddings.weight.device
+
+    def tell(n_read: int) -> None:
+        sys.stderr.write(f"\rreading the prompt: {n_read:,} of {total:,} tokens")
+        sys.stderr.write("\n" if n_read == total else "")
+        sys.stderr.flush()
+
+    progress: Callable[[int], None] | None = tell if total > 50_000 else None
+    return read(model, [row.to(device) for row in rows], after, piece_tokens, progress)
+
+
+def write_continuations(
+    model: Any,
+    tokenizer: Any,
+    reading: Reading,
+    prompts: list[str],
+    rows: list[torch.Tensor],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stops: Collection[int],
+    out: TextIO,
+) -> list[str]:
+    """Write prompts and continuations to `out` as they come; return the continuations."""
+    generator = torch.Generator(reading.logits.device).manual_seed(seed)
+    n_tokens = min(tokenizer.get_vocab_size(), model.cfg.n_outputs)
+    steps = continue_from(model, reading, max_new_tokens, sampling, generator, n_tokens, stops)
+    texts = [RowText(row.tolist(), tokenizer, stops) for row in rows]
+    return show_in_order(prompts, texts, (step.tolist() for step in steps), out)
+
+
+def _file_content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"`--prompt-file` must be a file that can be read, but: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`--prompt-file` must be UTF-8, but {path} is not: {error}") from error

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .bench import add_bench, run_bench
+from .generate import add_generate, run_generate
 from .plan import add_plan, run_plan
 
 
@@ -22,12 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("config", type=Path, help="the TOML file")
     train.add_argument("--nproc", type=int, default=1, help="processes on this machine, one a device (default 1)")
 
-    generate = commands.add_parser("generate", help="continue a text from a checkpoint")
-    generate.add_argument("checkpoint", type=Path, help="a step-N folder that training wrote")
-    generate.add_argument("--prompt", required=True, help="the text to continue")
-    generate.add_argument("--max-new-tokens", type=int, default=200)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    generate.add_argument("--seed", type=int, default=0)
+    add_generate(commands)
 
     plot = commands.add_parser("plot", help="draw the losses of a run")
     plot.add_argument("run", type=Path, help="the job's dump folder")
@@ -42,11 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         if known.command == "train":
             start_training(known.config, known.nproc, rest)
         elif known.command == "generate":
-            from .generate import generate_from_checkpoint
-
-            generate_from_checkpoint(
-                known.checkpoint, known.prompt, known.max_new_tokens, known.temperature, known.seed, sys.stdout
-            )
+            run_generate(known)
         elif known.command == "bench":
             run_bench(known)
         elif known.command == "plan":

@@ -10,7 +10,7 @@ from megalodon_plugin.ops import chunk_attention
 from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
 
 from .cema import CEMA
-from .chunk_cache import attend_after_cache, first_cache
+from .chunk_cache import attend_after_cache, attend_in_place, first_cache
 from .config import MegalodonConfig
 from .init import init_linear
 from .norm import RMSNorm, TimestepNorm, at_least_float32
@@ -78,9 +78,17 @@ class MegalodonAttention(nn.Module):
         return self.with_state(x, None, None, return_state=False)[0]
 
     def with_state(
-        self, x: Tensor, state: LayerState | None, position: Tensor | None, return_state: bool
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        position: Tensor | None,
+        return_state: bool,
+        in_place: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
-        """The block on a piece (B, L, D) after `state`; `position` (B,) timesteps come before it (None: none do)."""
+        """The block on a piece (B, L, D) after `state`; `position` (B,) timesteps come before it (None: none do).
+
+        With `in_place`, for one timestep, the state's caches of keys and values are written and not copied.
+        """
         cfg = self.cfg
         t, norm_state = self.timestep_norm(x, None if state is None else state.norm)
         started = self.cema.start(t)
@@ -94,6 +102,9 @@ class MegalodonAttention(nn.Module):
         if state is None:
             attended = self._attend(q, k, v)
             cache = (first_cache(k, cfg.chunk_size), first_cache(v, cfg.chunk_size)) if return_state else None
+        elif in_place:
+            assert position is not None
+            attended, cache = attend_in_place(q, k, v, state.k, state.v, position), (state.k, state.v)
         else:
             assert position is not None
             attended, new_k, new_v = attend_after_cache(q, k, v, state.k, state.v, position)

@@ -21,9 +21,17 @@ class MegalodonBlock(nn.Module):
         self.feed_forward.init_weights()
 
     def forward(
-        self, x: Tensor, state: LayerState | None = None, position: Tensor | None = None, return_state: bool = False
+        self,
+        x: Tensor,
+        state: LayerState | None = None,
+        position: Tensor | None = None,
+        return_state: bool = False,
+        in_place: bool = False,
     ) -> Tensor | tuple[Tensor, LayerState]:
-        """Whole rows without a state: the output alone. With `return_state`: the output and the state after it."""
-        y, new_state = self.attention.with_state(x, state, position, return_state)
+        """Whole rows without a state: the output alone. With `return_state`: the output and the state after it.
+
+        `in_place`: see `MegalodonAttention.with_state`.
+        """
+        y, new_state = self.attention.with_state(x, state, position, return_state, in_place)
         out = self.feed_forward(y, x)
         return (out, new_state) if new_state is not None else out

@@ -46,6 +46,26 @@ def attend_after_cache(
     return out, _take(k_all, sources).masked_fill(unused, 0), _take(v_all, sources).masked_fill(unused, 0)
 
 
+def attend_in_place(q: Tensor, k: Tensor, v: Tensor, cached_k: Tensor, cached_v: Tensor, position: Tensor) -> Tensor:
+    """Attention of one timestep a row, (B, 1, H, F); k and v are written into the caches, nothing is copied.
+
+    Arguments as in `attend_after_cache` with L = 1. Entries of the chunk before are left behind where a chunk begins:
+    see `MegalodonState.tidied`.
+    """
+    batch, chunk_size, n_heads, _ = cached_k.shape
+    fill, rows, dtype = position % chunk_size, torch.arange(batch, device=q.device), compute_dtype(q)
+    cached_k[rows, fill] = k[:, 0].to(cached_k.dtype)
+    cached_v[rows, fill] = v[:, 0].to(cached_v.dtype)
+    hidden = (torch.arange(chunk_size, device=q.device) > fill.unsqueeze(1)).unsqueeze(1)  # (B, 1, C)
+    outputs = []
+    with without_autocast(q):
+        for head in range(n_heads):  # one product over all heads would first copy the caches
+            scores = q[:, :, head].to(dtype) @ cached_k[:, :, head].to(dtype).mT  # (B, 1, C)
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            outputs.append(weights.to(cached_v.dtype) @ cached_v[:, :, head])  # (B, 1, F)
+    return torch.stack(outputs, 2).to(v.dtype)
+
+
 def _source(aligned: Tensor, fill: Tensor, chunk_size: int, length: int) -> Tensor:
     """Index into [cache, piece] of entries of the aligned row, (B, .); entries behind the end give the last one."""
     return torch.where(aligned < fill, aligned, chunk_size + aligned - fill).clamp(max=chunk_size + length - 1)

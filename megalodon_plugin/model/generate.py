@@ -1,60 +1,88 @@
 """Sampling through the streaming path: constant memory however long the text grows."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .decode import Decoder
 from .model import Megalodon
+from .reading import Reading, read
+from .sampling import Sampling
+
+ENDED = -1
+"""What is yielded for a row after its stop token."""
 
 
-@torch.no_grad()
 def generate(
     model: Megalodon,
-    prompt: Tensor,
+    prompt: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     prefill_tokens: int | None = None,
     n_tokens: int | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Collection[int] = (),
 ) -> Iterator[Tensor]:
-    """Yield the next token of each row, (B,) int64, again and again.
+    """Yield the next token of each row, (B,) int64, again and again: `continue_from` after `read`.
 
     Args:
         model: in eval mode.
-        prompt: (B, L) int64, L >= 1.
+        prompt: (B, L) int64, L >= 1, or B tensors (L_b,) int64 of different lengths.
         max_new_tokens: how many to yield.
-        temperature: logits are divided by it; 0 takes the likeliest token.
+        temperature, top_k, top_p: see `Sampling`.
         generator: source of the random numbers.
-        prefill_tokens: the prompt is read in pieces of this length, one chunk by default.
+        prefill_tokens: the prompt is read in pieces of this length; see `read`.
         n_tokens: only tokens below it are drawn (a tokenizer may have fewer than the model), all by default.
+        stop_tokens: they end a row.
 
     Raises:
         ValueError: the prompt is empty, the model is in training mode, or a number is out of range.
     """
-    if model.training:
-        raise ValueError("the model must be in eval mode to generate; call `model.eval()`")
-    if prompt.ndim != 2 or prompt.shape[1] < 1:
-        raise ValueError(f"`prompt` must have shape (B, L) with L >= 1, but has {tuple(prompt.shape)}")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    _check_numbers(max_new_tokens, n_tokens)
+    reading = read(model, prompt, piece_tokens=prefill_tokens)
+    yield from continue_from(model, reading, max_new_tokens, sampling, generator, n_tokens, stop_tokens)
+
+
+def continue_from(
+    model: Megalodon,
+    reading: Reading,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+    n_tokens: int | None = None,
+    stop_tokens: Collection[int] = (),
+) -> Iterator[Tensor]:
+    """Yield the next token of each row, (B,) int64, until every row has ended; -1 for a row that has.
+
+    `reading` stays as it is. Arguments as for `generate`.
+
+    Raises:
+        ValueError: a number is out of range, or the logits are not finite.
+    """
+    _check_numbers(max_new_tokens, n_tokens)
+    logits = reading.logits
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the logits after the prompt must be finite, but are not: the weights may hold NaN")
+    stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=logits.device)
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    decoder: Decoder | None = None
+    for left in range(max_new_tokens, 0, -1):
+        token = sampling.draw(logits[:, :n_tokens], generator)
+        yield token.masked_fill(ended, ENDED)
+        ended |= torch.isin(token, stops)
+        if left == 1 or (len(stops) and bool(ended.all())):
+            return
+        if decoder is None:
+            decoder = Decoder(model, reading.state.map(torch.clone))
+        logits = decoder.step(token)
+
+
+def _check_numbers(max_new_tokens: int, n_tokens: int | None) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"`max_new_tokens` must not be negative, but is {max_new_tokens}")
-    for name, number in (("prefill_tokens", prefill_tokens), ("n_tokens", n_tokens)):
-        if number is not None and number < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {number}")
-    if temperature < 0:
-        raise ValueError(f"`temperature` must not be negative, but is {temperature}")
-    state = None
-    for piece in prompt.split(prefill_tokens or model.cfg.chunk_size, 1):
-        logits, state = model(piece, state=state, return_state=True)
-    for left in range(max_new_tokens, 0, -1):
-        token = _sample(logits[:, -1, :n_tokens], temperature, generator)
-        yield token
-        if left > 1:
-            logits, state = model(token.unsqueeze(1), state=state, return_state=True)
-
-
-def _sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """(B, vocabulary) -> (B,)"""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    if n_tokens is not None and n_tokens < 1:
+        raise ValueError(f"`n_tokens` must be at least 1, but is {n_tokens}")

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from .block import MegalodonBlock
 from .config import MegalodonConfig
@@ -114,6 +115,26 @@ class Megalodon(nn.Module):
         logits = self.output(features)
         return logits if self.training else at_least_float32(logits)
 
+    def step_(self, tokens: Tensor, state: MegalodonState) -> Tensor:
+        """Read one more token of each row and bring the state up to date in place: the step of a long generation.
+
+        All shapes and addresses stay the same from step to step, so a CUDA graph can hold it, and no cache is copied.
+
+        Args:
+            tokens: (B,) int64.
+            state: what `forward` returned; its tensors are written. Rows may be at different positions.
+
+        Returns:
+            logits (B, vocabulary), dtypes as in `forward`.
+        """
+        if tokens.ndim != 1:
+            raise ValueError(f"`tokens` must have shape (B,), but has {tuple(tokens.shape)}")
+        x, new_state = self._streamed(self._embed(tokens.unsqueeze(1)), state, in_place=True)
+        for old, new in zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True):
+            if old is not new:
+                old.copy_(new)
+        return self.logits(x).squeeze(1)
+
     def _embed(self, tokens: Tensor) -> Tensor:
         if self.tok_embeddings is None:
             return tokens
@@ -127,14 +148,16 @@ class Megalodon(nn.Module):
             x = x * math.sqrt(self.cfg.dim)
         return F.dropout(x, self.cfg.dropout, self.training)
 
-    def _streamed(self, x: Tensor, state: MegalodonState | None) -> tuple[Tensor, MegalodonState]:
+    def _streamed(
+        self, x: Tensor, state: MegalodonState | None, in_place: bool = False
+    ) -> tuple[Tensor, MegalodonState]:
         batch, length, _ = x.shape
         if state is not None:
             check_state(state, self.cfg, batch)
         new_layers = []
         for i, layer in enumerate(self.layers.values()):
             layer_state = None if state is None else state.layers[i]
-            x, new_layer = layer(x, layer_state, None if state is None else state.position, True)
+            x, new_layer = layer(x, layer_state, None if state is None else state.position, True, in_place)
             new_layers.append(new_layer)
         x, norm_state = self.norm(x, None if state is None else state.norm)
         position = torch.zeros(batch, dtype=torch.int64, device=x.device) if state is None else state.position

@@ -1,5 +1,7 @@
 """What a Megalodon carries from one piece of a text to the next: a pytree of tensors of fixed size."""
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,14 +56,25 @@ class MegalodonState(NamedTuple):
         index = torch.as_tensor(rows, device=self.position.device)
         return self.map(lambda t: t.index_select(0, index))
 
+    def tidied(self) -> "MegalodonState":
+        """The state with 0 in the unused entries of the caches, where steps in place leave those of older chunks."""
+
+        def tidy(cache: Tensor) -> Tensor:
+            entries = torch.arange(cache.shape[1], device=cache.device)
+            unused = entries >= (self.position % cache.shape[1]).unsqueeze(1)  # (B, C)
+            return cache.masked_fill(unused[..., None, None], 0)
+
+        layers = tuple(layer._replace(k=tidy(layer.k), v=tidy(layer.v)) for layer in self.layers)
+        return self._replace(layers=layers)
+
+    @staticmethod
+    def joined(states: "Sequence[MegalodonState]") -> "MegalodonState":
+        """One state of the rows of all, in order; they may be at different positions."""
+        return pytree.tree_map(lambda *tensors: torch.cat(tensors), *states)
+
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file; no half-written file is left under `path`."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        unfinished = path.with_name(path.name + ".unfinished")
-        save_file({name: t.detach().contiguous() for name, t in self._named()}, unfinished)
-        unfinished.replace(path)
+        write_tensors(path, self.named())
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "MegalodonState":
@@ -70,34 +83,62 @@ class MegalodonState(NamedTuple):
         Raises:
             ValueError: the file holds something else.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        return cls.from_named(read_tensors(path, device)[0], str(path))
 
+    @classmethod
+    def from_named(cls, tensors: Mapping[str, Tensor], origin: str) -> "MegalodonState":
+        """The state of which `named` gave the tensors; others are ignored. ValueError where one is missing."""
         try:
-            # Cloned, for the file's tensors lie wherever its header ends: aligned to a number's size and no more.
-            tensors = {name: t.clone() for name, t in load_file(path, device=str(device)).items()}
-            n_layers = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=0)
+            numbers = [int(name.split(".")[1]) for name in tensors if re.match(r"layers\.\d+\.", name)]
             layers = tuple(
                 LayerState(
                     NormState(*(tensors[f"layers.{i}.norm.{field}"] for field in NormState._fields)),
                     *(tensors[f"layers.{i}.{field}"] for field in LayerState._fields[1:]),
                 )
-                for i in range(n_layers)
+                for i in range(1 + max(numbers, default=0))
             )
             norm = NormState(*(tensors[f"norm.{field}"] for field in NormState._fields))
             return cls(layers, norm, tensors["position"])
         except KeyError as error:
-            raise ValueError(f"{path} does not hold the state of a Megalodon: {error} is missing") from error
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} does not hold the state of a Megalodon: {error}") from error
+            raise ValueError(f"{origin} does not hold the state of a Megalodon: {error} is missing") from error
 
-    def _named(self) -> list[tuple[str, Tensor]]:
-        named = [("position", self.position)]
-        named += [(f"norm.{field}", value) for field, value in self.norm._asdict().items()]
+    def named(self) -> dict[str, Tensor]:
+        """Every tensor by a name of its own."""
+        named = {"position": self.position}
+        named |= {f"norm.{field}": value for field, value in self.norm._asdict().items()}
         for i, layer in enumerate(self.layers):
-            named += [(f"layers.{i}.norm.{field}", value) for field, value in layer.norm._asdict().items()]
-            named += [(f"layers.{i}.{field}", getattr(layer, field)) for field in LayerState._fields[1:]]
+            named |= {f"layers.{i}.norm.{field}": value for field, value in layer.norm._asdict().items()}
+            named |= {f"layers.{i}.{field}": getattr(layer, field) for field in LayerState._fields[1:]}
         return named
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, metadata)
+    unfinished.replace(path)
+
+
+def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or is no whole safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ValueError(f"the state's file must exist, but {path} does not")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            # Cloned, for the file's tensors lie wherever its header ends: aligned to a number's size and no more.
+            names = file.keys()
+            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} does not hold the state of a Megalodon: {error}") from error
 
 
 def empty_layer_state(

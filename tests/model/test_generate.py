@@ -110,7 +110,7 @@ def test_it_yields_as_many_tokens_as_asked_for_one_at_a_time():
     [
         (torch.zeros(2, 0, dtype=torch.int64), {}, "`prompt` must have shape (B, L) with L >= 1, but has (2, 0)"),
         (torch.zeros(3, dtype=torch.int64), {}, "`prompt` must have shape (B, L) with L >= 1, but has (3,)"),
-        (prompt_of(3), {"temperature": -0.5}, "`temperature` must not be negative, but is -0.5"),
+        (prompt_of(3), {"temperature": -0.5}, "`temperature` must be finite and not be negative, but is -0.5"),
     ],
 )
 def test_errors(prompt, options, message):

@@ -80,7 +80,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     state = state_after(model, 3)
     state.save(path)
 
-    def fails(tensors, filename):
+    def fails(tensors, filename, metadata):
         filename.write_bytes(b"half")
         raise OSError("the disk is full")
 
