@@ -88,10 +88,8 @@ def read(
     logits = [None if after is None else after.logits[b : b + 1] for b in range(len(rows))]
     start, n_read = 0, 0
     # Rows go side by side as far as the shortest of those that are left; those that have ended wait.
-    for end in sorted(set(lengths)):
+    for end in sorted(set(lengths) - {0}):
         active = [b for b, length in enumerate(lengths) if length > start]
-        if not active:  # a row that adds nothing to what was read
-            continue
         state = None if after is None and start == 0 else MegalodonState.joined([states[b] for b in active])  # type: ignore[misc]
         text = torch.stack([rows[b][start:end] for b in active])
         for piece in text.split(piece_tokens or _piece(model, len(active)), 1):
