@@ -1,7 +1,8 @@
-"""`megalodon bench`: the ops on the GPU that is there, in units of the time to move their tensors once.
+"""`megalodon bench`: the ops on the GPU that is there, in units of the time to move their tensors once; long texts.
 
 `bench ops` checks every implementation against float64 and refuses to time what is wrong, measures the ceilings in the
 same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws ops.png again from ops.json.
+`bench generate` reads and writes long texts.
 """
 
 import argparse
@@ -29,8 +30,30 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     ops.add_argument("--accuracy-only", action="store_true", help="check, print the table, write it, time nothing")
     ops.add_argument("--golden", type=Path, help="a folder of golden vectors to check with as well")
     ops.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
+    _add_generate(benches)
     plot = benches.add_parser("plot", help="draw ops.png from ops.json")
     plot.add_argument("folder", type=Path, help="the folder that holds ops.json")
+
+
+def _add_generate(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to those of `megalodon bench`."""
+    parser = benches.add_parser(
+        "generate",
+        help="measure reading and writing of long texts",
+        description="Tokens a second and memory of reading prompts and of decoding after them. Writes generate.json "
+        "and generate.png.",
+    )
+    parser.add_argument("--flavor", default="released_200M", help="a preset (released_200M)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[8192, 65536, 524288, 1048576], help="tokens of the prompts"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows that decode side by side")
+    parser.add_argument("--steps", type=int, default=256, help="tokens that each row decodes")
+    parser.add_argument("--against", choices=["llama"], help="also torchtitan's Llama of equal size")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (outputs/bench)"
+    )
+    parser.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -52,6 +75,11 @@ def run_bench(known: argparse.Namespace) -> None:
         ValueError: there is no CUDA GPU, or a folder lacks what it must hold.
         SystemExit: an implementation is wrong.
     """
+    if known.bench == "generate":
+        from .bench_generate import run_bench_generate
+
+        run_bench_generate(known)
+        return
     if known.bench == "plot":
         import json
 

@@ -317,12 +317,12 @@ def environment(device: torch.device, commit: str | None) -> Row:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "commit": commit or _commit(),
+        "commit": commit or commit_of_this_code(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _commit() -> str:
+def commit_of_this_code() -> str:
     here = str(Path(__file__).parent)
     commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
     changed = commit != "unknown" and _output("git", "-C", here, "status", "--porcelain", "-uno") not in ("", "unknown")
