@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .bench import add_bench, run_bench
+from .convert import add_convert, run_convert
 from .generate import add_generate, run_generate
 from .plan import add_plan, run_plan
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--nproc", type=int, default=1, help="processes on this machine, one a device (default 1)")
 
     add_generate(commands)
+    add_convert(commands)
 
     plot = commands.add_parser("plot", help="draw the losses of a run")
     plot.add_argument("run", type=Path, help="the job's dump folder")
@@ -39,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
             start_training(known.config, known.nproc, rest)
         elif known.command == "generate":
             run_generate(known)
+        elif known.command == "convert":
+            run_convert(known)
         elif known.command == "bench":
             run_bench(known)
         elif known.command == "plan":

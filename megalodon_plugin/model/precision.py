@@ -5,6 +5,8 @@ from torch import nn
 
 from .attention import QueryKey
 from .cema import CEMA
+from .config import MegalodonConfig
+from .model import Megalodon
 from .norm import LayerNorm, RMSNorm, TimestepNorm
 
 # Modules whose own parameters stay float32: CEMA, every norm, attention's gamma and beta.
@@ -29,3 +31,11 @@ def lower_matrices(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if parameter not in kept:
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def matrix_names(cfg: MegalodonConfig) -> set[str]:
+    """Names of the parameters that `lower_matrices` casts, a tied output weight included."""
+    with torch.device("meta"):
+        model = Megalodon(cfg)
+    kept = float32_parameters(model)
+    return {name for name, value in model.named_parameters(remove_duplicate=False) if value not in kept}

@@ -1,37 +1,50 @@
-"""Loads a model that training wrote, without a process group: for generation and evaluation."""
+"""Loads a model from a checkpoint of any format, without a process group: for generation and evaluation."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig
+from megalodon_plugin.checkpoint.folders import format_of, read_checkpoint
+from megalodon_plugin.model import Megalodon
+from megalodon_plugin.model.precision import lower_matrices
 
-from .checkpoint_guard import check_fits, is_complete, load_alone, saved_tensors
-from .model_json import read_model_json
 from .tokenizer import load_tokenizer
 
 
-def load_checkpoint(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[Megalodon, Any]:
-    """The model, in eval mode, and the tokenizer of a `step-N` folder.
+def load_checkpoint(
+    checkpoint: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | None = None,
+) -> tuple[Megalodon, Any]:
+    """The model, in eval mode, and its tokenizer.
 
-    `model.json` in the job's dump folder tells the configuration.
+    Args:
+        checkpoint: a `step-N` folder, a folder of safetensors, or one of the authors' release.
+        device: where the model goes.
+        dtype: float32 or bfloat16, of the matrices; CEMA, norms and attention's gamma and beta are float32.
+        tokenizer: "byte", a tokenizer file or a folder, instead of the one that the checkpoint names.
 
     Raises:
-        ValueError: the folder is missing, half-written or of another configuration, or `model.json` is missing.
+        ValueError: the folder is missing, half-written, broken or of another configuration, a weight is not finite, no
+            tokenizer is named, or the tokenizer has tokens that the model has not.
     """
-    if not checkpoint.is_dir():
-        raise ValueError(f"the checkpoint must be a `step-N` folder, but {checkpoint} is none")
-    saved = saved_tensors(checkpoint) if is_complete(checkpoint) else None
-    if saved is None:
-        raise ValueError(f"the checkpoint {checkpoint} must be complete and in the host's format, but has no .metadata")
-    content = read_model_json(checkpoint)
+    format_of(checkpoint)
+    found = read_checkpoint(checkpoint)
+    name = tokenizer or found.tokenizer
+    if name is None:
+        raise ValueError(f"`--tokenizer` must be given, for {checkpoint} neither names nor holds one")
+    loaded = load_tokenizer(name)
+    n_tokens, cfg = loaded.get_vocab_size(), found.config
+    if n_tokens > cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer must have at most the model's `vocab_size` = {cfg.vocab_size} tokens, but {name!r} has "
+            f"{n_tokens}: it is another model's"
+        )
     with torch.device("meta"):
-        model = Megalodon(MegalodonConfig(**content["model"]))
-    check_fits(checkpoint, saved, [model])
+        model = Megalodon(cfg)
     model.to_empty(device=device)
-    model.init_weights()  # ties the weights; every value is overwritten
-    state_dict = model.state_dict()
-    load_alone(state_dict, checkpoint)
-    model.load_state_dict(state_dict)
-    return model.eval(), load_tokenizer(content["tokenizer"])
+    model.init_weights(buffer_device=torch.device(device))  # ties the weights; every value is overwritten
+    model.load_state_dict(found.tensors)
+    return lower_matrices(model, dtype).eval(), loaded  # type: ignore[return-value]

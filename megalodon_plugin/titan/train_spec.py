@@ -12,6 +12,7 @@ from .loss import build_loss
 from .metrics import build_metrics
 from .optimizer import build_megalodon_optimizers
 from .parallelize import parallelize_megalodon
+from .state_dict_adapter import MegalodonStateDictAdapter
 from .tokenizer import build_tokenizer
 from .validator import build_validator
 
@@ -30,4 +31,5 @@ def megalodon_train_spec() -> TrainSpec:
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
+        state_dict_adapter=MegalodonStateDictAdapter,
     )

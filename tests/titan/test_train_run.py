@@ -190,7 +190,7 @@ def test_generate_is_repeatable(unbroken: Path, capsys: pytest.CaptureFixture[st
 
 def test_generate_says_what_is_wrong_with_a_checkpoint(finished: Path) -> None:
     checkpoint = finished / "checkpoint"
-    with pytest.raises(SystemExit, match=r"megalodon generate: the checkpoint must be a `step-N` folder, but .*step-7"):
+    with pytest.raises(SystemExit, match=r"megalodon generate: the checkpoint must be a `step-N` folder or one of weights, but .*step-7"):
         main(["generate", str(checkpoint / "step-7"), "--prompt", "a"])
     (checkpoint / "step-9" / ".metadata").unlink()
     with pytest.raises(SystemExit, match=r"the checkpoint .*step-9 must be complete .*, but has no \.metadata"):
