@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 # What a DCP index is made of. It is a pickle, and a pickle may name any function of any module.
@@ -83,8 +84,9 @@ def read_dcp(folder: Path, names: set[str]) -> dict[str, Tensor]:
             # torch warns that it assumes what `no_dist` says.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             dcp.load(dict(state_dict), storage_reader=reader, no_dist=True)
-    except Exception as error:  # also a BaseException group of its own, and whatever a cut file leads to
-        raise ValueError(f"the checkpoint {folder} must be whole, but: {str(error).splitlines()[-1]}") from error
+    except CheckpointException as error:  # no Exception: it holds those of all ranks
+        reason = "; ".join(f"{type(cause).__name__} {cause}" for cause, _ in error.failures.values())
+        raise ValueError(f"the checkpoint {folder} must be whole, but: {reason}") from error
     return state_dict
 
 
