@@ -2,27 +2,6 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
-from typing import Any
-
-FORMATS = ("dcp", "safetensors", "authors")
-
-
-def add_convert(commands: Any) -> None:
-    """Add the command to those of the console."""
-    convert = commands.add_parser(
-        "convert",
-        help="convert a checkpoint into another format",
-        description="Convert between torchtitan's checkpoints (dcp), safetensors with a config.json, and the authors' "
-        "released format with its model-parallel shards. Weights stay the same to the last bit.",
-    )
-    convert.add_argument("source", type=Path, help="a folder of any of the formats, which is found out")
-    convert.add_argument("target", type=Path, help="the folder to write, which must not exist yet")
-    convert.add_argument("--to", choices=FORMATS, required=True, help="format of the target")
-    convert.add_argument("--shards", type=int, default=1, help="model-parallel shards of the authors' format")
-    convert.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default 5)")
-    convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="change that of the matrices")
-    convert.add_argument("--tokenizer", help="the tokenizer to go with the model instead of the one it names")
 
 
 def run_convert(known: argparse.Namespace) -> None:

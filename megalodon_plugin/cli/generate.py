@@ -17,40 +17,6 @@ from .row_texts import RowText, show_in_order
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def add_generate(commands: Any) -> None:
-    """Add the command's options."""
-    generate = commands.add_parser(
-        "generate",
-        help="continue texts from a checkpoint",
-        description="Continue texts from a checkpoint, in constant memory however long they are.",
-    )
-    add_model_options(generate)
-    prompts = generate.add_argument_group("prompts")
-    prompts.add_argument("--prompt", action="append", default=[], help="a text to continue; may be given again")
-    prompts.add_argument("--prompt-file", action="append", default=[], type=Path, help="a file of UTF-8 to continue")
-    prompts.add_argument("--prefill-tokens", type=int, help="read prompts in pieces of this length (default 16384)")
-    prompts.add_argument("--load-state", type=Path, help="go on from what --save-state wrote, prompts come after it")
-    prompts.add_argument("--save-state", type=Path, help="write the state after the prompts")
-    sampling = generate.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=200)
-    sampling.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    sampling.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this much probability")
-    sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--stop-token", type=int, action="append", default=[], help="an id that ends a text too")
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the tokenizer's end token")
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that runs a checkpoint."""
-    parser.add_argument(
-        "checkpoint", type=Path, help="a step-N folder, a folder of safetensors, or of the authors' release"
-    )
-    parser.add_argument("--tokenizer", help='"byte", a tokenizer file or a folder; by default the checkpoint\'s')
-    parser.add_argument("--dtype", choices=DTYPES, help="of the matrices (default bfloat16 on a GPU, else float32)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-
-
 def load_model(known: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer that the options name.
 

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from .bench import add_bench, run_bench
-from .convert import add_convert, run_convert
-from .generate import add_generate, run_generate
+from .options import add_convert, add_evaluate, add_generate
 from .plan import add_plan, run_plan
 
 
@@ -25,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--nproc", type=int, default=1, help="processes on this machine, one a device (default 1)")
 
     add_generate(commands)
+    add_evaluate(commands)
     add_convert(commands)
 
     plot = commands.add_parser("plot", help="draw the losses of a run")
@@ -40,8 +40,16 @@ def main(arguments: list[str] | None = None) -> None:
         if known.command == "train":
             start_training(known.config, known.nproc, rest)
         elif known.command == "generate":
+            from .generate import run_generate
+
             run_generate(known)
+        elif known.command == "evaluate":
+            from .evaluate import run_evaluate
+
+            run_evaluate(known)
         elif known.command == "convert":
+            from .convert import run_convert
+
             run_convert(known)
         elif known.command == "bench":
             run_bench(known)

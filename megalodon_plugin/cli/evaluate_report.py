@@ -1,0 +1,67 @@
+"""The results of an evaluation: numbers as JSON and a picture."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megalodon_plugin.model.scoring import Score
+
+
+def result_of(score: Score, seconds: float, peak_mib: float, n_bytes: int) -> dict[str, Any]:
+    """What is told of one context length. `n_bytes` of UTF-8 are those of the text that was scored."""
+    return {
+        "context": score.context,
+        "loss": score.loss,
+        "perplexity": math.exp(score.loss),
+        "bits_per_byte": math.fsum(score.sums) / math.log(2) / n_bytes,
+        "tokens": score.n_read,
+        "tokens_per_s": score.n_read / seconds,
+        "peak_mib": peak_mib,
+        "by_position": [
+            {"from": 2**i, "to": min(2 ** (i + 1) - 1, score.context), "tokens": count, "loss": total / count}
+            for i, (total, count) in enumerate(zip(score.sums, score.counts, strict=True))
+            if count
+        ],
+    }
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write evaluation.json and evaluation.png."""
+    unfinished = folder / "evaluation.json.unfinished"
+    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.replace(folder / "evaluation.json")
+    draw(report, folder / "evaluation.png")
+
+
+def draw(report: dict[str, Any], picture: Path) -> None:
+    """Left: loss against the position in the window, a curve a context length. Right: loss against the length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = report["contexts"]
+    figure, (positions, lengths) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=[3, 2])
+    colors = plt.get_cmap("viridis")
+    for i, result in enumerate(results):
+        buckets = result["by_position"]
+        centres = [math.sqrt(bucket["from"] * bucket["to"]) for bucket in buckets]
+        color = colors(0.9 * i / max(1, len(results) - 1))
+        losses = [bucket["loss"] for bucket in buckets]
+        positions.plot(centres, losses, "o-", markersize=3, color=color, label=f"{result['context']:,}")
+    shown = [bucket["loss"] for result in results for bucket in result["by_position"] if bucket["from"] >= 8]
+    if shown:  # the first tokens of a window would flatten all the rest
+        margin = 0.08 * (max(shown) - min(shown)) + 0.01
+        positions.set_ylim(min(shown) - margin, max(shown) + margin)
+    positions.set(title="by position", xlabel="tokens of context seen", ylabel="loss (nats a token)")
+    positions.legend(title="context length")
+    lengths.plot([r["context"] for r in results], [r["loss"] for r in results], "o-", color="tab:red")
+    lengths.set(title="by context length", xlabel="context length", ylabel="loss (nats a token)")
+    for axes in (positions, lengths):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{report['checkpoint']} on {report['data']}: {report['tokens']:,} tokens")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
