@@ -75,13 +75,12 @@ def run_bench_generate(known: argparse.Namespace) -> None:
         rows.append(_row("megalodon", "read", 1, length, length, cost))
         _tell(rows[-1])
     assert reading is not None
-    for batch in known.batches:
-        rows.append(_decode(model, reading, batch, max(known.lengths), known.steps, device))
-        _tell(rows[-1])
     first = read(model, [text[:1]])
-    for batch in known.batches:
-        rows.append(_decode(model, first, batch, 1, known.steps, device))
-        _tell(rows[-1])
+    for at, context in ((reading, max(known.lengths)), (first, 1)):
+        for compiled in (False, True) if device.type == "cuda" else (False,):
+            for batch in known.batches:
+                rows.append(_decode(model, at, batch, context, known.steps, compiled))
+                _tell(rows[-1])
     del model, reading, first
     if known.against:
         llama = _llama(LLAMAS[known.flavor], max(known.lengths), device)
@@ -151,14 +150,14 @@ def _row(model: str, what: str, batch: int, context: int, n_tokens: int, cost: d
     return {"model": model, "what": what, "batch": batch, "context": context, "tokens_per_s": rate, **cost}
 
 
-def _decode(model: Megalodon, reading: Reading, batch: int, context: int, steps: int, device: torch.device) -> Row:
-    decoder = Decoder(model, reading.state.select([0] * batch))
+def _decode(model: Megalodon, reading: Reading, batch: int, context: int, steps: int, compiled: bool) -> Row:
+    decoder = Decoder(model, reading.state.select([0] * batch), compile=compiled)
     token = reading.logits.argmax(-1).expand(batch)
     decoder.step(token)
-    with _measured(device) as cost:
+    with _measured(token.device) as cost:
         for _ in range(steps):
             token = decoder.step(token).argmax(-1)
-    return _row("megalodon", "decode", batch, context, batch * steps, cost)
+    return _row("megalodon", "decode, compiled" if compiled else "decode", batch, context, batch * steps, cost)
 
 
 def _read_llama(llama: nn.Module, text: torch.Tensor, device: torch.device) -> Row:
@@ -173,10 +172,10 @@ def _read_llama(llama: nn.Module, text: torch.Tensor, device: torch.device) -> R
 
 def _tell(row: Row) -> None:
     if row["tokens_per_s"] is None:
-        print(f"{row['model']:>10} {row['what']:>6} {row['context']:>9,} tokens: out of memory", flush=True)
+        print(f"{row['model']:>10} {row['what']:>16} {row['context']:>9,} tokens: out of memory", flush=True)
         return
     print(
-        f"{row['model']:>10} {row['what']:>6} batch {row['batch']:>3} context {row['context']:>9,}: "
+        f"{row['model']:>10} {row['what']:>16} batch {row['batch']:>3} context {row['context']:>9,}: "
         f"{row['tokens_per_s']:>12,.1f} tokens/s, {row['peak_mib']:>9,.0f} MiB",
         file=sys.stdout,
         flush=True,
@@ -199,12 +198,13 @@ def draw(results: dict[str, Any], picture: Path) -> None:
         lengths = [row["context"] for row in read_rows]
         speed.plot(lengths, [row["tokens_per_s"] for row in read_rows], "o-", color=color, label=model)
         memory.plot(lengths, [row["peak_mib"] / 1024 for row in read_rows], "o-", color=color, label=model)
-    contexts = sorted({row["context"] for row in results["rows"] if row["what"] == "decode"})
-    for context, style in zip(contexts, ("o--", "o-"), strict=False):
-        chosen = [row for row in results["rows"] if (row["what"], row["context"]) == ("decode", context)]
-        label = f"after {context:,} token{'s' if context > 1 else ''}"
+    kinds = {(row["context"], row["what"]) for row in results["rows"] if row["what"] != "read"}
+    for context, what in sorted(kinds):
+        chosen = [row for row in results["rows"] if (row["context"], row["what"]) == (context, what)]
+        label = f"{what}, after {context:,} token{'s' if context > 1 else ''}"
+        style, color = "o--" if context == 1 else "o-", "tab:green" if "compiled" in what else "tab:red"
         rates = [row["tokens_per_s"] for row in chosen]
-        decoding.plot([row["batch"] for row in chosen], rates, style, color=colors["megalodon"], label=label)
+        decoding.plot([row["batch"] for row in chosen], rates, style, color=color, label=label)
     for axes, title, x_label, y_label in (
         (speed, "Reading a prompt", "tokens of the prompt", "tokens/s"),
         (memory, "Peak memory while reading", "tokens of the prompt", "GiB"),

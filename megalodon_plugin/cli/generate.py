@@ -54,7 +54,17 @@ def run_generate(known: argparse.Namespace) -> None:
         reading.save(known.save_state, model)
     stops = {*known.stop_token, *([] if known.ignore_eos else [tokenizer.eos_id])} - {None}
     write_continuations(
-        model, tokenizer, reading, prompts, rows, known.max_new_tokens, sampling, known.seed, stops, sys.stdout
+        model,
+        tokenizer,
+        reading,
+        prompts,
+        rows,
+        known.max_new_tokens,
+        sampling,
+        known.seed,
+        stops,
+        sys.stdout,
+        known.compile,
     )
 
 
@@ -115,11 +125,12 @@ def write_continuations(
     seed: int,
     stops: Collection[int],
     out: TextIO,
+    compile: bool = False,
 ) -> list[str]:
     """Write prompts and continuations to `out` as they come; return the continuations."""
     generator = torch.Generator(reading.logits.device).manual_seed(seed)
     n_tokens = min(tokenizer.get_vocab_size(), model.cfg.n_outputs)
-    steps = continue_from(model, reading, max_new_tokens, sampling, generator, n_tokens, stops)
+    steps = continue_from(model, reading, max_new_tokens, sampling, generator, n_tokens, stops, compile)
     texts = [RowText(row.tolist(), tokenizer, stops) for row in rows]
     return show_in_order(prompts, texts, (step.tolist() for step in steps), out)
 

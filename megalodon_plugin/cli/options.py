@@ -25,6 +25,7 @@ def add_generate(commands: Any) -> None:
     sampling.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this much probability")
     sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--compile", action="store_true", help="compile the step first; worth it for long texts")
     sampling.add_argument("--stop-token", type=int, action="append", default=[], help="an id that ends a text too")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the tokenizer's end token")
 

@@ -60,10 +60,17 @@ def attend_in_place(q: Tensor, k: Tensor, v: Tensor, cached_k: Tensor, cached_v:
     outputs = []
     with without_autocast(q):
         for head in range(n_heads):  # one product over all heads would first copy the caches
-            scores = q[:, :, head].to(dtype) @ cached_k[:, :, head].to(dtype).mT  # (B, 1, C)
+            scores = _products(q[:, :, head], cached_k[:, :, head].mT, dtype)  # (B, 1, C)
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             outputs.append(weights.to(cached_v.dtype) @ cached_v[:, :, head])  # (B, 1, F)
     return torch.stack(outputs, 2).to(v.dtype)
+
+
+def _products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b (batches of matrices), summed and returned in `dtype`."""
+    if a.is_cuda and a.dtype == b.dtype != dtype:
+        return torch.bmm(a, b, out_dtype=dtype)  # casting b would take longer than the product
+    return a.to(dtype) @ b.to(dtype)
 
 
 def _source(aligned: Tensor, fill: Tensor, chunk_size: int, length: int) -> Tensor:

@@ -1,7 +1,9 @@
 """One token after another from a carried state, under a CUDA graph where there is a GPU."""
 
+import copy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .model import Megalodon
 from .state import MegalodonState
@@ -17,11 +19,12 @@ class Decoder:
         model: in eval mode.
         state: taken over and changed; clone it to keep it.
         graph: whether to capture the step, by default on a GPU.
+        compile: compile the layers' step: a few seconds of waiting, then half the kernels. Rounding differs.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Megalodon, state: MegalodonState, graph: bool | None = None):
-        self._model = model
+    def __init__(self, model: Megalodon, state: MegalodonState, graph: bool | None = None, compile: bool = False):
+        self._model = _with_compiled_layers(model) if compile else model
         # Of its own memory, contiguous: what was read may be views of larger tensors.
         self._state = state.map(lambda t: t.contiguous())
         self._tokens = torch.zeros_like(state.position)
@@ -65,3 +68,12 @@ class Decoder:
         with torch.cuda.graph(graph):
             self._logits = self._model.step_(self._tokens, self._state)
         self._graph = graph
+
+
+def _with_compiled_layers(model: Megalodon) -> Megalodon:
+    """A model of the same parameters. The one given stays as it is: reading would compile for every length."""
+    compiled = copy.copy(model)
+    compiled._modules = dict(model._modules)
+    layers = {name: torch.compile(layer, fullgraph=True, dynamic=False) for name, layer in model.layers.items()}
+    compiled.layers = nn.ModuleDict(layers)  # type: ignore[arg-type]
+    return compiled

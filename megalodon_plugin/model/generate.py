@@ -55,10 +55,11 @@ def continue_from(
     generator: torch.Generator | None = None,
     n_tokens: int | None = None,
     stop_tokens: Collection[int] = (),
+    compile: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the next token of each row, (B,) int64, until every row has ended; -1 for a row that has.
 
-    `reading` stays as it is. Arguments as for `generate`.
+    `reading` stays as it is. Arguments as for `generate`; for `compile` see `Decoder`.
 
     Raises:
         ValueError: a number is out of range, or the logits are not finite.
@@ -77,7 +78,7 @@ def continue_from(
         if left == 1 or (len(stops) and bool(ended.all())):
             return
         if decoder is None:
-            decoder = Decoder(model, reading.state.map(torch.clone))
+            decoder = Decoder(model, reading.state.map(torch.clone), compile=compile)
         logits = decoder.step(token)
 
 

@@ -86,3 +86,13 @@ def test_memory_of_reading_does_not_grow_with_the_text():
         read(model, text)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[2] <= peaks[1] + 8 * 2**20  # indices of pieces beyond the first
+
+
+def test_the_compiled_step_is_the_step_within_rounding():
+    model, rows = model_of(torch.float32), [text_of(length) for length in LENGTHS]
+    reading, new = read(model, rows), text_of(len(LENGTHS), 20)
+    compiled = Decoder(model, reading.state.map(torch.clone), compile=True)
+    plain = Decoder(model, reading.state.map(torch.clone))
+    for token in new.unbind(1):
+        want = plain.step(token)
+        assert (compiled.step(token) - want).abs().max() < 1e-4 * want.abs().max()
