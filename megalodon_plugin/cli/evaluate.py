@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import dataclasses
+import hashlib
 import json
 import resource
 import sys
@@ -10,15 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megalodon_plugin import __version__
 from megalodon_plugin.model import Megalodon
+from megalodon_plugin.model.norm_window import PIECE_CHUNKS
 from megalodon_plugin.model.reading import fingerprint
 from megalodon_plugin.model.scoring import Score, score_from, score_tensors, score_text
 from megalodon_plugin.model.state import read_tensors, write_tensors
 
 from .evaluate_report import result_of, write_report
 from .generate import load_model
+
+SCORING = (
+    "windows of `context` inputs; every token but the first is scored once at every context length; at position p of "
+    "its window it has seen p + 1 tokens; begin and end tokens are scored and have no bytes"
+)
+PROBE = "The 3 café's\n\tcost: 1234.5 €; \u6771\u4eac!"
 
 
 def run_evaluate(known: argparse.Namespace) -> None:
@@ -58,6 +68,8 @@ class _Evaluation:
         self.progress = known.out / "progress.safetensors"
         self.identity = {
             "model": fingerprint(model),
+            "tokenizer": _mark_of(tokenizer),
+            "device": self._device.type,
             "dtype": str(model.tok_embeddings.weight.dtype),
             "files": [[file.name, file.size] for file in files],
             "context": self.contexts,
@@ -86,7 +98,7 @@ class _Evaluation:
                 flush=True,
             )
             score, seconds = None, 0.0
-            self._save(None, 0.0)
+            self._save({"none": torch.zeros(1)}, 0.0)
         write_report(self.known.out, self._report(n_tokens, n_bytes))
         self.progress.unlink()
         print(self.known.out / "evaluation.json", self.known.out / "evaluation.png")
@@ -117,31 +129,33 @@ class _Evaluation:
         stream.skip(score.n_read)
         started = shown = saved = time.monotonic()
         begin = seconds
+        # Of the end of a piece: Ctrl-C may come in the middle of one, when some of its losses are counted already.
+        kept = score_tensors(score), seconds
         try:
             for _ in score_text(self.model, stream.take, score, self.known.piece_tokens, self.known.windowed_norm):
                 now = time.monotonic()
                 seconds = begin + now - started
+                kept = score_tensors(score), seconds
                 if now - shown > 2:
                     shown = now
                     sys.stderr.write(
                         f"\rcontext {score.context:,}: {score.n_read:,} of {n_tokens - 1:,} tokens, "
-                        f"{score.n_read / seconds:,.0f} tokens/s, loss {score.loss:.4f}  "
+                        f"{score.n_read / seconds:,.0f} tokens/s, loss {score.loss:.4f}, {self._peak_mib():,.0f} MiB  "
                     )
                     sys.stderr.flush()
                 if now - saved > self.known.save_every:
                     saved = now
-                    self._save(score, seconds)
+                    self._save(*kept)
         except KeyboardInterrupt:
             with contextlib.suppress(KeyboardInterrupt):
-                self._save(score, seconds)
+                self._save(*kept)
             raise
         if shown != started:
             sys.stderr.write("\n")
         return seconds
 
-    def _save(self, score: Score | None, seconds: float) -> None:
+    def _save(self, kept: dict[str, Tensor], seconds: float) -> None:
         """Whole or not at all: what is there is replaced by one rename."""
-        kept = {"none": torch.zeros(1)} if score is None else score_tensors(score)
         content = {"identity": self.identity, "results": self.results, "seconds": seconds}
         write_tensors(self.progress, kept, {"progress": json.dumps(content)})
 
@@ -169,16 +183,25 @@ class _Evaluation:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     def _report(self, n_tokens: int, n_bytes: int) -> dict[str, Any]:
-        on_gpu = self._device.type == "cuda"
+        on_gpu, cfg = self._device.type == "cuda", self.model.cfg
         return {
             "checkpoint": self.known.checkpoint.name,
             "data": Path(self.known.data).name,
             "tokens": n_tokens,
             "bytes": n_bytes,
+            "scoring": SCORING,
+            "piece_tokens": PIECE_CHUNKS * cfg.chunk_size if self.known.windowed_norm else self.known.piece_tokens,
             "windowed_norm": self.known.windowed_norm,
             "dtype": self.identity["dtype"],
+            "config": dataclasses.asdict(cfg),
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "torch": torch.__version__,
             "version": __version__,
             "contexts": self.results,
         }
+
+
+def _mark_of(tokenizer: Any) -> str:
+    """A mark that other tokenizers do not share, whatever the path they were loaded from: what they make of a text."""
+    made = [tokenizer.get_vocab_size(), *tokenizer.encode(PROBE, add_bos=True, add_eos=True)]
+    return hashlib.blake2b(json.dumps(made).encode(), digest_size=8).hexdigest()

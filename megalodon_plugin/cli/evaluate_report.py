@@ -63,5 +63,7 @@ def draw(report: dict[str, Any], picture: Path) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(f"{report['checkpoint']} on {report['data']}: {report['tokens']:,} tokens")
     figure.tight_layout()
-    figure.savefig(picture, dpi=120)
+    unfinished = picture.with_name(picture.name + ".unfinished")
+    figure.savefig(unfinished, dpi=120, format="png")
+    unfinished.replace(picture)
     plt.close(figure)

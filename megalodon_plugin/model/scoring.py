@@ -52,9 +52,10 @@ class Score:
             chosen = losses[:, first:last]
             total = float(chosen.double().sum())
             if not math.isfinite(total):
+                finite = torch.isfinite(chosen).all(0)  # (last - first,)
+                position = self.position + first + int((~finite).nonzero()[0])
                 raise ValueError(
-                    f"losses must be finite, but are not at context {self.context}, positions "
-                    f"{self.position + first} to {self.position + last - 1} of a window"
+                    f"losses must be finite, but one is not at context {self.context}, position {position} of a window"
                 )
             self.sums[bucket] += total
             self.counts[bucket] += chosen.numel()

@@ -35,8 +35,12 @@ class TextStream:
 
     def take(self, n: int) -> Tensor:
         """The next n tokens, (n,) int64; fewer at the end."""
-        while len(self._rest) < n and (segment := next(self._segments, None)) is not None:
-            self._rest = np.concatenate([self._rest, segment])
+        held, n_held = [self._rest], len(self._rest)
+        while n_held < n and (segment := next(self._segments, None)) is not None:
+            held.append(segment)
+            n_held += len(segment)
+        if len(held) > 1:
+            self._rest = np.concatenate(held)
         taken, self._rest = self._rest[:n], self._rest[n:]
         self.n_taken += len(taken)
         return torch.from_numpy(taken.astype(np.int64))

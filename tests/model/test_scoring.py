@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_place():
     model = small_model()
     with torch.no_grad():
         model.output.weight[3] = float("nan")
-    with pytest.raises(ValueError, match="losses must be finite, but are not at context 16, positions 0 to 0"):
+    with pytest.raises(ValueError, match="losses must be finite, but one is not at context 16, position 0 of a window"):
         scored(model, 40, 16, 4)
 
 
@@ -146,3 +146,11 @@ class TestWindowedNorm:
         assert plain.sums[7] != windowed.sums[7]
         short, windowed = (scored(model, 20 * C, 7 * C, 2 * C, windowed_norm=w) for w in (False, True))
         assert short.sums == windowed.sums
+
+
+@pytest.mark.parametrize(("row", "column", "position"), [(0, 0, 40), (1, 2, 42), (0, 29, 69)])
+def test_the_first_position_that_is_not_finite_is_told(row, column, position):
+    losses = torch.ones(2, 30)
+    losses[row, column:] = float("nan")
+    with pytest.raises(ValueError, match=f"not at context 100, position {position} of a window"):
+        Score(100, position=40).add(losses)
