@@ -11,6 +11,7 @@ from .block import MegalodonBlock
 from .config import MegalodonConfig
 from .init import init_embedding
 from .norm import TimestepNorm, at_least_float32
+from .output import OutputLayer, hand_to_loss
 from .rotary import Rotary
 from .state import MegalodonState, check_state, empty_layer_state
 
@@ -19,7 +20,8 @@ class Megalodon(nn.Module):
     """Megalodon language model, (B, L) tokens -> (B, L, vocabulary) logits.
 
     Children are named as the host's models are (`tok_embeddings`, `layers`, `norm`, `output`); a pipeline stage may set
-    those it does not hold to None.
+    those it does not hold to None. With `logits_in_loss`, what it returns in training are not logits but features for
+    a loss that ends in the output layer, see `output.output_of`.
     """
 
     def __init__(self, cfg: MegalodonConfig):
@@ -29,7 +31,8 @@ class Megalodon(nn.Module):
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleDict({str(i): MegalodonBlock(cfg, i) for i in range(cfg.n_layers)})
         self.norm = TimestepNorm(cfg.dim, cfg.norm_groups, cfg.norm_eps)
-        self.output = nn.Linear(cfg.dim, cfg.n_outputs, bias=False)
+        self.output = OutputLayer(cfg.dim, cfg.n_outputs)
+        self.logits_in_loss = False
         self._tie()
 
     def _tie(self) -> None:
@@ -91,7 +94,9 @@ class Megalodon(nn.Module):
         if tokens.shape[1] < 1:
             raise ValueError(f"`tokens` must hold at least one timestep, but has shape {tuple(tokens.shape)}")
         x, new_state = self.features(tokens, state, return_state)
-        if self.output is not None:
+        if self.training and self.logits_in_loss and isinstance(self.output, OutputLayer):
+            x = hand_to_loss(x, self.output)
+        elif self.output is not None:
             x = self.logits(x)
         return (x, new_state) if new_state is not None else x
 

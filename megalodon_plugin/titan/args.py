@@ -47,6 +47,10 @@ class MegalodonModelArgs(MegalodonConfig, BaseModelArgs):
                 if getattr(overrides, name) is not None:
                     setattr(self, name, getattr(overrides, name))
             self.weight_decay_on = overrides.weight_decay_on
+            if overrides.loss_chunk_tokens < 0:
+                raise ValueError(
+                    f"`megalodon.loss_chunk_tokens` must be at least 0, but is {overrides.loss_chunk_tokens}"
+                )
             if overrides.kernels is not None:
                 set_kernels(overrides.kernels, "megalodon.kernels")
         if self.weight_decay_on not in WEIGHT_DECAY_ON:

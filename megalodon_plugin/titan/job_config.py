@@ -23,6 +23,9 @@ class TrainingOptions:
     kernels: str | None = None
     """CUDA kernels: "auto" (PyTorch code with one warning where they cannot run), "require" (an error there) or "off".
     None: what the environment variable MEGALODON_KERNELS says, else "auto"."""
+    loss_chunk_tokens: int = 4096
+    """Positions whose logits exist at a time in training; 0: all at once. Pipeline and tensor parallelism always make
+    all of them."""
 
 
 # Every option of the model by its name, None where the flavor decides.
@@ -32,7 +35,7 @@ Megalodon = dataclasses.make_dataclass(
     bases=(TrainingOptions,),
     namespace={"__module__": __name__},
 )
-Megalodon.__doc__ = "`[megalodon]`: overrides of the flavor's model options by name, `weight_decay_on` and `kernels`."
+Megalodon.__doc__ = "`[megalodon]`: overrides of the flavor's model options by name, and `TrainingOptions`."
 
 
 @dataclass

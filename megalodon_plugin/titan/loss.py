@@ -5,6 +5,8 @@ from typing import Any
 from torch import Tensor
 from torchtitan.components.loss import build_cross_entropy_loss
 
+from megalodon_plugin.model.output import output_of
+
 
 class ScaledLoss:
     """Sum of the tokens' cross-entropies times `scale`.
@@ -12,6 +14,9 @@ class ScaledLoss:
     Under pipeline parallelism the schedule runs the backward pass inside, on whatever this returns; the host divides by
     the token count only afterwards, which leaves the gradients undivided (torchtitan #2972). So the plugin's Trainer
     sets `scale` to 1 / tokens for the step.
+
+    `pred` are logits, or features whose output layer has yet to be applied: then both are done part by part, and the
+    logits of a long row never exist at once.
     """
 
     def __init__(self, loss_fn: Any):
@@ -19,7 +24,8 @@ class ScaledLoss:
         self.scale: Tensor | float = 1.0
 
     def __call__(self, pred: Tensor, labels: Tensor) -> Tensor:
-        loss = self.loss_fn(pred, labels)
+        output = output_of(pred)
+        loss = self.loss_fn(pred, labels) if output is None else output(pred, labels)
         return loss if isinstance(self.scale, float) and self.scale == 1.0 else loss * self.scale
 
 

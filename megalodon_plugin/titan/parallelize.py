@@ -15,10 +15,13 @@ from torchtitan.models.llama3.infra.parallelize import apply_compile
 from torchtitan.tools.logging import logger
 
 import megalodon_plugin.ops  # noqa: F401  registers torch.ops.megalodon
+from megalodon_plugin.model.output import OutputLayer
 from megalodon_plugin.model.precision import float32_parameters
 from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
 from megalodon_plugin.parallel.tensor import apply_tensor_parallel
+
+from .job_config import TrainingOptions
 
 # Results that selective activation checkpointing keeps. The host's own list lacks `addmm`, which every Linear with a
 # bias is, and our ops; recomputing those would repeat most of a layer.
@@ -55,6 +58,7 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     if parallel_dims.cp_enabled:
         apply_chunk_parallel(model, Ranks.of(parallel_dims.get_mesh("cp").get_group()))
         logger.info("Applied Chunk Parallelism to the model on the context parallel mesh")
+    _set_loss(model, parallel_dims, job_config)
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
         apply_ac(
@@ -70,6 +74,18 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     if mesh is not None:
         shard_model(model, mesh, parallel_dims, job_config)
     return model
+
+
+def _set_loss(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) -> None:
+    """End in the loss, part by part, where this rank has all of the output layer and the loss follows the model."""
+    options = getattr(job_config, "megalodon", None)
+    rows = TrainingOptions.loss_chunk_tokens if options is None else options.loss_chunk_tokens
+    output = model.output
+    if rows == 0 or parallel_dims.tp_enabled or parallel_dims.pp_enabled or not isinstance(output, OutputLayer):
+        return
+    model.logits_in_loss = True  # type: ignore[assignment]
+    output.rows_at_once = rows
+    output.compile_loss = job_config.compile.enable and "loss" in job_config.compile.components
 
 
 def _check_dropout(model: nn.Module, parallel_dims: ParallelDims) -> None:

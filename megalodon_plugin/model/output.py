@@ -1,0 +1,36 @@
+"""The output layer, which can also end in the loss."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from megalodon_plugin.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class OutputLayer(nn.Linear):
+    """features (..., D) -> logits (..., vocabulary); with labels (...), the sum of their cross-entropies.
+
+    The second way makes the logits of `rows_at_once` positions at a time, see `ops.linear_cross_entropy`. It is a call
+    of the module so that whatever gathers the weight (FSDP) does.
+    """
+
+    def __init__(self, dim: int, vocab_size: int):
+        super().__init__(dim, vocab_size, bias=False)
+        self.rows_at_once = 4096
+        self.compile_loss = False
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(features)
+        return linear_cross_entropy(features, self.weight, labels, self.rows_at_once, self.compile_loss)
+
+
+def hand_to_loss(features: Tensor, output: OutputLayer) -> Tensor:
+    """The features, marked for `output_of`: a host that calls model and loss apart passes them on."""
+    features.output_layer = output  # type: ignore[attr-defined]
+    return features
+
+
+def output_of(features: Any) -> OutputLayer | None:
+    """The output layer that `hand_to_loss` left, None for logits."""
+    return getattr(features, "output_layer", None)
