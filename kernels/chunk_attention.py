@@ -79,10 +79,14 @@ def causal_product(
     """y_i = scale_i sum over j <= i of a_ij x_j; TRANSPOSED: y_j = sum over i >= j of a_ij x_i. `scale` may be None.
 
     A program: ROWS x COLS of y. Grid: (WIDTH / COLS, chunk / ROWS, matrices): programs that run together share a
-    chunk's x and a in the second-level cache. Long sums first.
+    chunk's x and a in the second-level cache. Where COLS is all of WIDTH, x is small and the grid is
+    (matrices, chunk / ROWS, 1), so that the long sums of all matrices come first.
     """
     column = tl.program_id(0) * COLS
     matrix = tl.program_id(2)
+    if WIDTH == COLS:
+        column = 0
+        matrix = tl.program_id(0)
     row, head = _place(first + matrix, n_chunks, n_heads, length, start, chunk)
     column += head * WIDTH
     total = tl.zeros([ROWS, COLS], tl.float32)

@@ -2,7 +2,7 @@
 
 `bench ops` checks every implementation against float64 and refuses to time what is wrong, measures the ceilings in the
 same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws ops.png again from ops.json.
-`bench generate` reads and writes long texts.
+`bench generate` reads and writes long texts; `bench train` takes whole training steps, beside the host's Llama.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     ops.add_argument("--golden", type=Path, help="a folder of golden vectors to check with as well")
     ops.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
     _add_generate(benches)
+    _add_train(benches)
     plot = benches.add_parser("plot", help="draw ops.png from ops.json")
     plot.add_argument("folder", type=Path, help="the folder that holds ops.json")
 
@@ -53,6 +54,27 @@ def _add_generate(benches: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (outputs/bench)"
     )
+    parser.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
+
+
+def _add_train(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to those of `megalodon bench`."""
+    parser = benches.add_parser(
+        "train",
+        help="measure training steps",
+        description="Tokens a second, memory and MFU of training steps in the host. Writes train.json and train.png.",
+    )
+    sizes = ("7B-width", "1.3B", "200M", "debug")
+    parser.add_argument("--sizes", choices=sizes, nargs="+", default=["200M"], help="models; 7B-width has 4 layers")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768], help="tokens of a row")
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step; longer rows come one a step")
+    parser.add_argument("--against", choices=["llama"], help="also torchtitan's Llama of equal size")
+    parser.add_argument("--steps", type=int, default=8, help="steps; the first two are not counted (8)")
+    parser.add_argument("--checkpointing", choices=["selective", "full", "none"], default="selective")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--profile", action="store_true", help="also where the time of a step on the GPU goes")
+    parser.add_argument("--longest-step", type=float, default=30.0, help="leave out slower steps, seconds (30)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder of the results (outputs/bench)")
     parser.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
 
 
@@ -79,6 +101,11 @@ def run_bench(known: argparse.Namespace) -> None:
         from .bench_generate import run_bench_generate
 
         run_bench_generate(known)
+        return
+    if known.bench == "train":
+        from .bench_train import run_bench_train
+
+        run_bench_train(known)
         return
     if known.bench == "plot":
         import json

@@ -5,7 +5,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,6 +71,9 @@ class Job:
             "training.steps": steps,
             "training.mixed_precision_param": "bfloat16" if self.low_precision else "float32",
             "activation_checkpoint.mode": self.checkpointing,
+            "activation_checkpoint.selective_ac_option": "op",
+            "lr_scheduler.warmup_steps": 2,
+            "lr_scheduler.total_steps": 10**4,
             "metrics.log_freq": 10**6,
             "debug.seed": 0,
         }
@@ -81,7 +84,7 @@ class Job:
         return [*flags, *(part for name, value in found.items() for part in (f"--{name}", str(value)))]
 
 
-class _TimedTrainer(MegalodonTrainer):
+class TimedTrainer(MegalodonTrainer):
     """Keeps each step's seconds; after two steps, which compile, memory is counted anew."""
 
     seconds: list[float]
@@ -101,8 +104,8 @@ class _TimedTrainer(MegalodonTrainer):
             torch.cuda.synchronize()
 
 
-def run_job(job: Job, steps: int, profile: Any = None) -> dict[str, Any]:
-    """Train `steps` steps, of which the first two are not counted.
+def run_job(job: Job, steps: int, after: Callable[[TimedTrainer], dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Train `steps` steps, of which the first two are not counted. `after` may look at the trainer and add to the row.
 
     Returns:
         tokens_per_s (median step), peak memory in GiB, model GFLOPs a token; "failed" in their place where the memory
@@ -113,12 +116,11 @@ def run_job(job: Job, steps: int, profile: Any = None) -> dict[str, Any]:
     trainer = None
     try:
         with tempfile.TemporaryDirectory() as folder, _spec_of(job):
-            trainer = _TimedTrainer(read_job(job.arguments(steps, folder)))
+            trainer = TimedTrainer(read_job(job.arguments(steps, folder)))
             trainer.seconds = []
             trainer.train()
-            if profile is not None:
-                profile(trainer)
-            return row | _numbers(trainer, job)
+            row |= _numbers(trainer, job)
+            return row if after is None else row | after(trainer)
     except torch.OutOfMemoryError:
         return row | {"failed": "out of memory"}
     finally:
@@ -133,7 +135,7 @@ def run_job(job: Job, steps: int, profile: Any = None) -> dict[str, Any]:
             torch.distributed.destroy_process_group()
 
 
-def _numbers(trainer: _TimedTrainer, job: Job) -> dict[str, Any]:
+def _numbers(trainer: TimedTrainer, job: Job) -> dict[str, Any]:
     counted = trainer.seconds[2:]
     seconds = statistics.median(counted)
     model = trainer.model_parts[0]
@@ -154,7 +156,7 @@ def _numbers(trainer: _TimedTrainer, job: Job) -> dict[str, Any]:
     return numbers
 
 
-def _flops(trainer: _TimedTrainer, job: Job) -> float:
+def _flops(trainer: TimedTrainer, job: Job) -> float:
     """Of a trained token, of the pairs that causal attention looks at and without recomputation."""
     model = trainer.model_parts[0]
     if job.model == "megalodon":

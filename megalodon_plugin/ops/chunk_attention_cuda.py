@@ -66,7 +66,7 @@ class Blocks:
 
 
 # Chosen by measurement; kernels/README.md has the table.
-WEIGHTS = Blocks(64, 128, 256, 4, 1)
+WEIGHTS = Blocks(128, 64, 256, 8, 3)
 PRODUCT = Blocks(128, 256, 64, 8, 3)
 PRODUCT_TRANSPOSED = Blocks(128, 256, 64, 8, 3)
 GRADIENTS = Blocks(128, 128, 64, 4, 3)
@@ -169,7 +169,9 @@ def _weights(q: Tensor, k: Tensor, weights: Tensor, inverse_sum: Tensor, log_sum
 def _product(a: Tensor, x: Tensor, y: Tensor, group: Group, transposed: bool, scale: Tensor | None = None) -> None:
     b, width = PRODUCT_TRANSPOSED if transposed else PRODUCT, x.shape[3]
     cols = b.cols if width % b.cols == 0 else min(width, V_BLOCK)
-    _kernels().causal_product[(width // cols, group.chunk // b.rows, group.count)](
+    blocks = group.chunk // b.rows
+    grid = (width // cols, blocks, group.count) if cols < width else (group.count, blocks, 1)
+    _kernels().causal_product[grid](
         _descriptor(a, *((b.inner, b.rows) if transposed else (b.rows, b.inner))),
         _descriptor(x, b.inner, cols),
         scale,

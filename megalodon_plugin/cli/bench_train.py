@@ -1,0 +1,112 @@
+"""`megalodon bench train`: whole training steps of Megalodon, beside those of torchtitan's Llama in the same host.
+
+Both are built, parallelised, checkpointed and compiled by the host as a user's run is, in bfloat16 (float32 on a CPU),
+with selective activation checkpointing ("op"), each with its own list of what is saved, AdamW, and random tokens.
+"""
+
+import argparse
+import datetime
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon_plugin import __version__
+
+from .bench_ops import commit_of_this_code
+from .bench_train_job import Job, run_job
+from .bench_train_profile import print_shares, shares
+from .bench_train_report import draw, table
+
+# (options of [megalodon], sizes of the host's Llama with as many parameters)
+SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "7B-width": ({"flavor": "paper_7B", "n_layers": 4}, {"dim": 4096, "n_layers": 4, "n_heads": 32}),
+    "1.3B": ({"flavor": "released_1.3B"}, {"dim": 2048, "n_layers": 24, "n_heads": 16}),
+    "200M": ({"flavor": "released_200M"}, {"dim": 1024, "n_layers": 12, "n_heads": 8}),
+    "debug": ({"flavor": "debug"}, {"dim": 128, "n_layers": 4, "n_heads": 2}),
+}
+
+
+def run_bench_train(known: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    for name in ("lengths", "tokens", "longest_step"):
+        value = getattr(known, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {value}")
+    if known.steps < 3:
+        raise ValueError(f"`--steps` must be at least 3, for the first two are not counted, but is {known.steps}")
+    on_gpu = torch.cuda.is_available()
+    _one_process()
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "version": __version__,
+        "commit": known.commit or commit_of_this_code(),
+        "date": datetime.date.today().isoformat(),
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "compiled": not known.eager,
+        "rows": [],
+    }
+    known.out.mkdir(parents=True, exist_ok=True)
+    for size in known.sizes:
+        for length in sorted(known.lengths):
+            for model in ("megalodon", "llama") if known.against else ("megalodon",):
+                row = _measure(known, size, model, length, results["rows"], on_gpu)
+                results["rows"].append(row)
+                print(table([row], header=len(results["rows"]) == 1), flush=True)
+                _write(results, known.out)
+    draw(results, known.out / "train.png")
+    print(table(results["rows"], ratios=True))
+    print(known.out / "train.json", known.out / "train.png")
+
+
+def _measure(
+    known: argparse.Namespace, size: str, model: str, length: int, rows: list[dict[str, Any]], on_gpu: bool
+) -> dict[str, Any]:
+    options = SIZES[size][0] if model == "megalodon" else SIZES[size][1]
+    batch = max(1, known.tokens // length)
+    about = {"size": size, "model": model, "batch": batch, "length": length}
+    before = [row for row in rows if (row["size"], row["model"]) == (size, model)]
+    if before:
+        last = before[-1]
+        if "failed" in last:
+            return about | {"failed": last["failed"]}
+        # Attention's work at most grows as the square of the length.
+        growth = (batch * length) / (last["batch"] * last["length"])
+        growth *= length / last["length"] if model == "llama" else 1
+        if last["seconds"] * growth > known.longest_step:
+            return about | {"failed": f"a step might take more than {known.longest_step} s"}
+    checkpointing = known.checkpointing
+    job = Job(model, tuple(options.items()), batch, length, checkpointing, not known.eager, on_gpu)
+    return about | run_job(job, known.steps, _profile if known.profile and on_gpu else None)
+
+
+def _profile(trainer: Any) -> dict[str, Any]:
+    found = shares(trainer)
+    print_shares(found)
+    return {"profile": found}
+
+
+def _one_process() -> None:
+    """What torchrun would set."""
+    logging.getLogger().setLevel(logging.WARNING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
+        os.environ[name] = str(value)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def _write(results: dict[str, Any], folder: Path) -> None:
+    unfinished = folder / "train.json.unfinished"
+    unfinished.write_text(json.dumps(results, indent=1) + "\n")
+    unfinished.replace(folder / "train.json")
