@@ -73,18 +73,14 @@ class MegalodonAttention(nn.Module):
         for linear in (self.wz, self.wv, self.wr, self.wh1, self.wh2):
             init_linear(linear, self.cfg.init_mode)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The block on whole rows, each of which starts a text."""
-        return self.with_state(x, None, None, return_state=False)[0]
-
-    def with_state(
+    def forward(
         self,
         x: Tensor,
-        state: LayerState | None,
-        position: Tensor | None,
-        return_state: bool,
+        state: LayerState | None = None,
+        position: Tensor | None = None,
+        return_state: bool = False,
         in_place: bool = False,
-    ) -> tuple[Tensor, LayerState | None]:
+    ) -> Tensor | tuple[Tensor, LayerState]:
         """The block on a piece (B, L, D) after `state`; `position` (B,) timesteps come before it (None: none do).
 
         With `in_place`, for one timestep, the state's caches of keys and values are written and not copied.
@@ -112,7 +108,7 @@ class MegalodonAttention(nn.Module):
         gated = self._hidden_dropout(attended.flatten(2) * r)
         out = x + F.dropout(self.wh1(m) + self.wh2(gated), cfg.dropout, self.training)
         if not return_state:
-            return out, None
+            return out
         assert h is not None and cache is not None
         return out, LayerState(norm_state, h, *cache)
 

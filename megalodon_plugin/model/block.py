@@ -30,8 +30,10 @@ class MegalodonBlock(nn.Module):
     ) -> Tensor | tuple[Tensor, LayerState]:
         """Whole rows without a state: the output alone. With `return_state`: the output and the state after it.
 
-        `in_place`: see `MegalodonAttention.with_state`.
+        `in_place`: see `MegalodonAttention.forward`.
         """
-        y, new_state = self.attention.with_state(x, state, position, return_state, in_place)
-        out = self.feed_forward(y, x)
-        return (out, new_state) if new_state is not None else out
+        attended = self.attention(x, state, position, return_state, in_place)
+        if not return_state:
+            return self.feed_forward(attended, x)
+        y, new_state = attended
+        return self.feed_forward(y, x), new_state

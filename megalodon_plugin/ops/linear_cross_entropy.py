@@ -102,15 +102,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dweight is not None:
                     _add_product(dweight, dlogits, rows[part])
         ctx.shape, ctx.dtype = x.shape, weight.dtype
-        ctx.save_for_backward(dx, dweight)
+        ctx.gradients = dx, dweight
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        dx, dweight = ctx.saved_tensors
+        dx, dweight = ctx.gradients
+        del ctx.gradients  # a second backward pass would scale them twice; this makes it an error
+        # Both belong to this node alone and are used once, so they are scaled where they are.
         if dx is not None:
-            dx = (dx * dloss.to(dx.dtype) if dx.dtype == dloss.dtype else (dx * dloss).to(dx.dtype)).view(ctx.shape)
+            dx = dx.mul_(dloss).view(ctx.shape)
         if dweight is not None:
-            dweight = (dweight * dloss).to(ctx.dtype)
+            dweight = dweight.mul_(dloss).to(ctx.dtype)
         return dx, dweight, None, None, None
