@@ -43,8 +43,8 @@ def run_bench_train(known: argparse.Namespace) -> None:
             raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {value}")
     if known.steps < 3:
         raise ValueError(f"`--steps` must be at least 3, for the first two are not counted, but is {known.steps}")
-    on_gpu = torch.cuda.is_available()
     _one_process()
+    on_gpu = torch.cuda.is_available()
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -96,7 +96,7 @@ def _profile(trainer: Any) -> dict[str, Any]:
 
 
 def _one_process() -> None:
-    """What torchrun would set."""
+    """What torchrun and the host's start script would set."""
     logging.getLogger().setLevel(logging.WARNING)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -104,6 +104,7 @@ def _one_process() -> None:
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
         os.environ[name] = str(value)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _write(results: dict[str, Any], folder: Path) -> None:
