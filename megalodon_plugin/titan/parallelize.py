@@ -74,17 +74,24 @@ def _checkpoint_activations(model: nn.Module, job_config: Any, compile_model: bo
     between them is one tensor, their sum with the residual, and not the products that it is the sum of.
     """
     options = job_config.activation_checkpoint
-    by_op = options.mode == "selective" and options.selective_ac_option == "op"
-    for wrapped in model.layers.values() if by_op else [model.layers]:  # type: ignore[operator, union-attr]
+    layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
+
+    def wrap(children: nn.ModuleDict, saved: set) -> None:
         holder = nn.Module()  # the host wraps the children of `.layers`
-        holder.layers = wrapped
-        apply_ac(
-            holder,
-            options,
-            model_compile_enabled=compile_model,
-            op_sac_save_list=SAVED_OPS,
-            base_folder=job_config.job.dump_folder,
-        )
+        holder.layers = children
+        compiled, folder = compile_model, job_config.job.dump_folder
+        apply_ac(holder, options, model_compile_enabled=compiled, op_sac_save_list=saved, base_folder=folder)
+
+    if options.mode != "selective" or options.selective_ac_option != "op":
+        wrap(layers, SAVED_OPS)
+        return
+    # Of the products of a SwiGLU the host computes one again; so is the only one without it.
+    saved_of_network = SAVED_OPS if model.cfg.swiglu else SAVED_OPS - {torch.ops.aten.mm.default}  # type: ignore[union-attr]
+    for name, saved in (("attention", SAVED_OPS), ("feed_forward", saved_of_network)):
+        parts = nn.ModuleDict({key: getattr(layer, name) for key, layer in layers.items()})
+        wrap(parts, saved)
+        for key, layer in layers.items():
+            layer.register_module(name, parts[key])
 
 
 def _set_loss(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) -> None:
@@ -131,7 +138,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, parallel_dims: ParallelDims,
     """
     training, policy = job_config.training, job_config.parallelism.fsdp_reshard_after_forward
     reduce_dtype = TORCH_DTYPE_MAP[training.mixed_precision_reduce]
-    low = MixedPrecisionPolicy(param_dtype=TORCH_DTYPE_MAP[training.mixed_precision_param], reduce_dtype=reduce_dtype)
+    param_dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+    # Activations have the low dtype already; casting a layer's inputs would round its state, which is float32.
+    low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     # param_dtype=None and not float32, which would cast the group's inputs too.
     full = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     common: dict[str, Any] = {"mesh": mesh}
