@@ -110,12 +110,13 @@ def make_tables(c: Coefficients, omega: Tensor, block: int, dtype: torch.dtype) 
     lag = steps - steps.unsqueeze(1)  # [s, t] = t - s
     toeplitz = kernel.to(dtype)[:, lag.clamp(min=0)] * (lag >= 0)
     out = c.g.unsqueeze(-1) * powers[..., 1:]  # C, (D, N, T)
-    into = (c.p.unsqueeze(-1) * powers[..., :-1]).flip(-1).transpose(1, 2)  # S, (D, T, N)
+    into = (c.p.unsqueeze(-1) * powers[..., :-1]).flip(-1)  # S, (D, N, T)
     return Tables(
         powers,
         toeplitz,
         torch.cat([out.real, -out.imag], 1).to(dtype),
-        torch.cat([into.real, into.imag], 2).to(dtype),
+        # In memory (D, 2N, T): a CPU's batched product with 2N = 32 columns is eight times faster so.
+        torch.cat([into.real, into.imag], 1).to(dtype).transpose(1, 2),
         c.log_q * block,
     )
 
@@ -234,7 +235,7 @@ def slice_backward(dy: Tensor, dh_last: Tensor, x: Tensor, h: Tensor, c: Coeffic
         t,
         torch.bmm(xb.transpose(1, 2), dyb),
         torch.bmm(to_pairs(before).transpose(1, 2), dyb),
-        torch.bmm(xb.transpose(1, 2), lam_pairs),
+        torch.bmm(lam_pairs.transpose(1, 2), xb).transpose(1, 2),  # and so is this than with the factors exchanged
         (lam * before.conj_physical()).sum((1, 2)).to(c.p.dtype),
     )
     return from_blocks(dx, batch, x.dtype), dh, grads
