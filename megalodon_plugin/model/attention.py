@@ -98,6 +98,8 @@ class MegalodonAttention(nn.Module):
         if state is None:
             attended = self._attend(q, k, v)
             cache = (first_cache(k, cfg.chunk_size), first_cache(v, cfg.chunk_size)) if return_state else None
+        elif state.k.shape[1] == 0:  # whole chunks after whole chunks
+            attended, cache = self._attend(q, k, v), (state.k, state.v)
         elif in_place:
             assert position is not None
             attended, cache = attend_in_place(q, k, v, state.k, state.v, position), (state.k, state.v)

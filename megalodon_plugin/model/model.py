@@ -158,7 +158,7 @@ class Megalodon(nn.Module):
     ) -> tuple[Tensor, MegalodonState]:
         batch, length, _ = x.shape
         if state is not None:
-            check_state(state, self.cfg, batch)
+            check_state(state, self.cfg, batch, length)
         new_layers = []
         for i, layer in enumerate(self.layers.values()):
             layer_state = None if state is None else state.layers[i]

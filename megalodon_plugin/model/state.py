@@ -21,7 +21,7 @@ class LayerState(NamedTuple):
     norm: statistics of its TimestepNorm.
     h: CEMA's hidden state, (B, D, N, 2), float32 (float64 in a float64 model).
     k, v: rotated keys (B, C, H, Z/H) and values (B, C, H, V/H) of the unfinished chunk, in the activations' dtype.
-        Entries from position mod C on are 0.
+        Entries from position mod C on are 0. Or of 0 entries: see `MegalodonState.without_caches`.
     """
 
     norm: NormState
@@ -55,6 +55,15 @@ class MegalodonState(NamedTuple):
         """The state of some rows, in that order; a row may be named more than once."""
         index = torch.as_tensor(rows, device=self.position.device)
         return self.map(lambda t: t.index_select(0, index))
+
+    def without_caches(self) -> "MegalodonState":
+        """The state of a text that is read in whole chunks: caches of 0 entries, for no chunk is ever unfinished.
+
+        A model takes it with pieces of a multiple of `chunk_size`, at positions that are such multiples. The caches of
+        this state must be unused.
+        """
+        layers = tuple(layer._replace(k=layer.k[:, :0].clone(), v=layer.v[:, :0].clone()) for layer in self.layers)
+        return self._replace(layers=layers)
 
     def tidied(self) -> "MegalodonState":
         """The state with 0 in the unused entries of the caches, where steps in place leave those of older chunks."""
@@ -153,14 +162,25 @@ def empty_layer_state(
     )
 
 
-def check_state(state: MegalodonState, cfg: MegalodonConfig, batch: int) -> None:
-    """Raise ValueError unless the state belongs to a model of this configuration and to this many rows."""
+def check_state(state: MegalodonState, cfg: MegalodonConfig, batch: int, length: int | None = None) -> None:
+    """Raise ValueError unless the state belongs to a model of this configuration and to this many rows.
+
+    `length`: of the piece that is read next; without it the state must have its caches.
+    """
     if len(state.layers) != cfg.n_layers:
         raise ValueError(f"the state must have `n_layers` = {cfg.n_layers} layers, but has {len(state.layers)}")
+    entries = cfg.chunk_size
+    if length is not None and state.layers[0].k.shape[1] == 0:
+        if length % cfg.chunk_size:
+            raise ValueError(
+                f"pieces after a state without caches must be multiples of `chunk_size` = {cfg.chunk_size}, but one "
+                f"has {length} timesteps"
+            )
+        entries = 0
     shapes = {
         "h": (batch, cfg.dim, cfg.cema_ndim, 2),
-        "k": (batch, cfg.chunk_size, cfg.n_heads, cfg.qk_head_dim),
-        "v": (batch, cfg.chunk_size, cfg.n_heads, cfg.value_head_dim),
+        "k": (batch, entries, cfg.n_heads, cfg.qk_head_dim),
+        "v": (batch, entries, cfg.n_heads, cfg.value_head_dim),
     }
     for i, layer in enumerate(state.layers):
         for name, shape in shapes.items():

@@ -126,6 +126,20 @@ def check_data(checkpoint: Path, saved: Mapping[str, torch.Size], dataloader: An
     dataloader.check_fingerprint(wanted["dataloader"]["fingerprint"])
 
 
+def check_same_shapes(checkpoint: Path, saved: Mapping[str, torch.Size], carried: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless the checkpoint holds the states that this job's rows go on with (`carried`)."""
+    for name, tensor in carried.items():
+        found = saved.get(f"train_state.{name}")
+        if found != tensor.shape:
+            there = "nothing" if found is None else f"the shape {tuple(found)}"
+            raise ValueError(
+                f"the checkpoint {checkpoint} must hold the state that the rows of `megalodon.carry_state` go on with, "
+                f"`{name}` of shape {tuple(tensor.shape)}, but has {there}: `megalodon.chunk_size` or "
+                "`training.mixed_precision_param` have changed. Set them back, or start the data from their beginning "
+                'with `checkpoint.exclude_from_loading` = ["dataloader"]'
+            )
+
+
 def load_alone(state_dict: dict[str, Any], checkpoint: Path) -> None:
     """Fill the tensors of `state_dict` from a checkpoint, in this process alone."""
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import text_datasets
@@ -18,6 +19,7 @@ from torchtitan.tools.logging import logger
 from megalodon_plugin.model.config import check_types
 
 from .job_config import Data
+from .text_documents import DocumentCorpus, DocumentRow, split_files
 from .text_files import (
     PYTHON_STDLIB,
     TextFile,
@@ -44,7 +46,16 @@ def build_text_dataloader(
     """Loader of `training.dataset`: endless and shuffled, or, if not `infinite`, one pass in order."""
     training = job_config.training
     if not _is_own("training", training.dataset):
+        if carries_state(job_config):
+            raise ValueError(
+                f"`training.dataset` must be one of {', '.join(OWN_DATASETS)} with `megalodon.carry_state`, whose rows "
+                f'follow documents, but is "{training.dataset}"'
+            )
         return text_datasets.build_text_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite)
+    if carries_state(job_config):
+        n_lanes = rows_of_step(job_config, dp_world_size)
+        corpus = _corpus(job_config, "training", tokenizer, n_lanes)
+        return DocumentLoader(corpus, dp_rank, dp_world_size, training.local_batch_size)
     corpus = _corpus(job_config, "training", tokenizer)
     if infinite:
         return TextLoader(corpus, dp_rank, dp_world_size, training.local_batch_size)
@@ -109,8 +120,11 @@ class TextLoader(BaseDataLoader):
                 ahead.discard()
 
     def _prepare(self, rows: RankRows) -> tuple[Batch, int, dict[int, Cursor]]:
-        batch = _batch(rows.advance(self._n_ranks * self._batch_size))
+        batch = self._batch_of(rows.advance(self._n_ranks * self._batch_size))
         return batch, rows.position, rows.cursors()
+
+    def _batch_of(self, rows: list[Any]) -> Batch:
+        return _batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """`position`, `fingerprint`, and `lane_<k>` (epoch, unit, token) for the rank's lanes, as new int64 tensors.
@@ -134,10 +148,33 @@ class TextLoader(BaseDataLoader):
         if int(fingerprint) != self._fingerprint:
             raise ValueError(
                 "the data position in the checkpoint must be of this run's data, but it is a checkpoint of other data: "
-                "`data.seed`, `data.validation_fraction`, `data.text_field`, `training.seq_len`, the tokenizer or the "
-                f'files of "{self._corpus.path}" have changed. Set them back, or start the data from their beginning '
+                "`data.seed`, `data.validation_fraction`, `data.text_field`, `training.seq_len`, the tokenizer, the "
+                f'files of "{self._corpus.path}", `megalodon.carry_state` or, where that is true, the rows of a step '
+                "have changed. Set them back, or start the data from their beginning "
                 'with `checkpoint.exclude_from_loading` = ["dataloader"]'
             )
+
+
+class DocumentLoader(TextLoader):
+    """`TextLoader` of a corpus whose rows follow documents: those of a step continue those of the step before.
+
+    Batches are ({"input": (batch_size, seq_len), "begins": (batch_size,) bool}, labels): `begins` says which rows are
+    the first of a document. Places behind a document's end have input 0 and the label that does not count.
+
+    `lanes` are the rank's, in the order in which its batches of one step have them as rows.
+    """
+
+    @property
+    def lanes(self) -> list[int]:
+        return sorted(self._cursors)
+
+    def _batch_of(self, rows: list[DocumentRow]) -> Batch:
+        inputs = torch.zeros(len(rows), self._corpus.seq_len, dtype=torch.int64)
+        labels = torch.full_like(inputs, IGNORE_INDEX)
+        for i, (tokens, _) in enumerate(rows):
+            filled = torch.from_numpy(tokens)  # (n + 1,)
+            inputs[i, : len(tokens) - 1], labels[i, : len(tokens) - 1] = filled[:-1], filled[1:]
+        return {"input": inputs, "begins": torch.tensor([row.begins for row in rows])}, labels
 
 
 class OrderedTextLoader(BaseDataLoader):
@@ -235,8 +272,25 @@ def _is_own(section: str, dataset: str) -> bool:
     return name in OWN_DATASETS
 
 
-def _corpus(job_config: JobConfig, section: str, tokenizer: BaseTokenizer) -> Corpus:
-    """The corpus of `section` ("training" | "validation"), without what is held out for the other one."""
+def carries_state(job_config: JobConfig) -> bool:
+    """Whether the job's rows follow documents. Any other value than true counts as false here and is refused later."""
+    return getattr(getattr(job_config, "megalodon", None), "carry_state", False) is True
+
+
+def rows_of_step(job_config: JobConfig, dp_world_size: int) -> int:
+    """Rows of one step of the whole job."""
+    training = job_config.training
+    asked: int = training.global_batch_size
+    return asked if asked > 0 else training.local_batch_size * dp_world_size
+
+
+def _corpus(
+    job_config: JobConfig, section: str, tokenizer: BaseTokenizer, n_document_lanes: int | None = None
+) -> Corpus:
+    """The corpus of `section` ("training" | "validation"), without what is held out for the other one.
+
+    With `n_document_lanes` its rows follow documents.
+    """
     data = getattr(job_config, "data", None) or Data()
     try:
         check_types(data, Data)
@@ -252,12 +306,14 @@ def _corpus(job_config: JobConfig, section: str, tokenizer: BaseTokenizer) -> Co
     piece_bytes = piece_bytes_of(files, seq_len)
     units = cut_into_units(files, piece_bytes)
     if shared:
-        units = _side(units, section, data.validation_fraction, data.seed)
+        divide = split_files if carries_state(job_config) else split
+        units = _side(units, section, data.validation_fraction, data.seed, divide)
     path = options.dataset_path or options.dataset
     size = sum(unit.n_bytes for unit in units) / 2**20
     logger.info(f'{section} text: "{path}", {len(files)} files; {size:.1f} MiB in {len(units)} units')
     reader = TextReader(piece_bytes, data.text_field, data.broken_lines)
-    return Corpus(units, reader, tokenizer, options.seq_len, data.seed, path)
+    how = (reader, tokenizer, options.seq_len, data.seed, path)
+    return Corpus(units, *how) if n_document_lanes is None else DocumentCorpus(units, *how, n_lanes=n_document_lanes)
 
 
 def _files(section: str, job_config: JobConfig) -> list[TextFile]:
@@ -304,9 +360,9 @@ def _files_of_side(job_config: JobConfig, section: str) -> tuple[list[TextFile],
     return files[section], False
 
 
-def _side(units: list[Unit], section: str, fraction: float, seed: int) -> list[Unit]:
+def _side(units: list[Unit], section: str, fraction: float, seed: int, divide: Any = split) -> list[Unit]:
     """The units of one side where both sides name the same data."""
-    training, validation = split(units, fraction, seed)
+    training, validation = divide(units, fraction, seed)
     if section == "validation" and fraction == 0:
         raise ValueError(
             "`data.validation_fraction` must be above 0 when `validation.dataset_path` names the training data, but "

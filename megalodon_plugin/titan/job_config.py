@@ -26,6 +26,9 @@ class TrainingOptions:
     loss_chunk_tokens: int = 4096
     """Positions whose logits exist at a time in training; 0: all at once. Pipeline and tensor parallelism always make
     all of them."""
+    carry_state: bool = False
+    """Rows of consecutive steps continue one document, with the model's state carried from each to the next: truncated
+    backpropagation through time. See docs/long-context.md."""
 
 
 # Every option of the model by its name, None where the flavor decides.

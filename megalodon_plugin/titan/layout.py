@@ -65,10 +65,39 @@ def check_job(job_config: Any, args: Any) -> None:
             "`megalodon.tie_embedding` must be false with `parallelism.pipeline_parallel_degree` = "
             f"{parallelism.pipeline_parallel_degree}: the embedding and the output layer lie on different ranks"
         )
+    _check_carried_state(job_config, args)
     _turn_off_load_balancer(parallelism)
     if FLOAT8 in job_config.model.converters:
         _check_float8(args, parallelism.tensor_parallel_degree)
         _leave_output_out_of_float8(job_config)
+
+
+def _check_carried_state(job_config: Any, args: Any) -> None:
+    """A carried state is whole on one rank, which the rows that it belongs to must be too."""
+    carry = getattr(getattr(job_config, "megalodon", None), "carry_state", False)
+    if not isinstance(carry, bool):
+        raise ValueError(f"`megalodon.carry_state` must be true or false, but is {carry!r}")
+    if not carry:
+        return
+    if not _own_entry:
+        raise ValueError(
+            "`megalodon.carry_state` must be false under the stock entry, whose Trainer carries nothing from step to "
+            f"step, but is true. Start the job with `{OWN_ENTRY}` or `megalodon train`"
+        )
+    for key, reason in {
+        "context_parallel_degree": "it shares one row over ranks; use it without a carried state, or a carried state "
+        "with shorter rows",
+        "tensor_parallel_degree": "its ranks hold the features and heads of one state",
+        "pipeline_parallel_degree": "its stages exchange activations alone",
+    }.items():
+        degree = getattr(job_config.parallelism, key)
+        if degree > 1:
+            raise ValueError(f"`parallelism.{key}` must be 1 with `megalodon.carry_state`, but is {degree}: {reason}")
+    if args.attention_dropout > 0:
+        raise ValueError(
+            "`megalodon.attention_dropout` must be 0 with `megalodon.carry_state`, but is "
+            f"{args.attention_dropout}: attention to carried keys and values has none"
+        )
 
 
 def _turn_off_load_balancer(parallelism: Any) -> None:

@@ -11,7 +11,7 @@ import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torchtitan.components.tokenizer import BaseTokenizer
@@ -39,10 +39,11 @@ class Cursor(NamedTuple):
 
 @dataclass
 class Segment:
-    """Consecutive tokens (int32) of one unit, and the place of the first."""
+    """Consecutive tokens (int32) of one unit, the place of the first, and whether a document begins with it."""
 
     at: Cursor
     tokens: np.ndarray
+    begins: bool = False
 
 
 def lane_count(units: Sequence[Unit], piece_bytes: int) -> int:
@@ -59,6 +60,8 @@ def lane_count(units: Sequence[Unit], piece_bytes: int) -> int:
 
 class Corpus:
     """Units, how to read and tokenise them, and their order in each epoch. `path` names it in errors."""
+
+    kind = "corpus"
 
     def __init__(
         self, units: Sequence[Unit], reader: TextReader, tokenizer: BaseTokenizer, seq_len: int, seed: int, path: str
@@ -79,14 +82,23 @@ class Corpus:
         units = hash_of(*(f"{unit.identity} {unit.file.size} {unit.start} {unit.end}" for unit in self.units))
         vocabulary = (self.tokenizer.get_vocab_size(), *probe)
         parts = (self.seed, self.seq_len, vocabulary, units.hex(), self.n_lanes, self.reader.text_field)
-        return int.from_bytes(hash_of("corpus", *parts)[:8], "big") >> 1
+        return int.from_bytes(hash_of(self.kind, *parts)[:8], "big") >> 1
+
+    def lane_order(self, lane: int, epoch: int) -> Sequence[int]:
+        """Indices of the units that the lane reads in an epoch, in order."""
+        order: list[int] = self._order(epoch)[lane :: self.n_lanes].tolist()
+        return order
+
+    def row_stream(self, lane: int, cursor: Cursor) -> Any:
+        """The lane's rows from `cursor` on: `next_row` gives them, `cursor` is the place of the next one."""
+        return RowStream(self.lane_segments(lane, cursor), self.seq_len, cursor)
 
     def lane_segments(self, lane: int, cursor: Cursor) -> Iterator[Segment]:
         """The endless stream of lane `lane` from `cursor` on. ValueError when the lane finds no text."""
         epoch, index, token = cursor
         empty_epochs = 0
         while True:
-            order = self._order(epoch)[lane :: self.n_lanes]
+            order = self.lane_order(lane, epoch)
             found = index > 0 or token > 0
             for place in range(index, len(order)):
                 unit = self.units[order[place]]
@@ -104,22 +116,31 @@ class Corpus:
     ) -> Iterator[Segment]:
         """The unit's documents as tokens from token `first` on; ValueError when the unit has fewer than that."""
         end = 0
-        for document in self.reader.documents(unit, shuffle_seed):
-            tokens = np.asarray(self.tokenizer.encode(document, add_bos=True, add_eos=True), dtype=np.int32)
+        for text, begins, ends in self.texts(unit, shuffle_seed):
+            tokens = np.asarray(self.tokenizer.encode(text, add_bos=begins, add_eos=ends), dtype=np.int32)
             start, end = end, end + len(tokens)
             skip = max(first - start, 0)
             if skip < len(tokens):
-                yield Segment(Cursor(epoch, place, start + skip), tokens[skip:])
+                yield Segment(Cursor(epoch, place, start + skip), tokens[skip:], begins and skip == 0)
         if end < first:
             raise ValueError(
                 f"{unit.file.path} must be as it was when the checkpoint was saved, but {unit.identity} has {end} "
                 f"tokens and the checkpoint goes on at token {first}"
             )
 
+    def texts(self, unit: Unit, shuffle_seed: str | None) -> Iterator[tuple[str, bool, bool]]:
+        """(text, whether a document begins with it, whether one ends): here each text is a document of its own."""
+        for document in self.reader.documents(unit, shuffle_seed):
+            yield document, True, True
+
     def _draw_order(self, epoch: int) -> np.ndarray:
+        return self.shuffled(len(self.units), epoch)
+
+    def shuffled(self, n: int, epoch: int) -> np.ndarray:
+        """0 … n - 1 in the epoch's order."""
         # Sorting raw draws, which NumPy never changes for a seed; `Generator.permutation` has no such promise.
         bits = np.random.PCG64(int.from_bytes(hash_of("order", self.seed, epoch), "big"))
-        return np.argsort(bits.random_raw(len(self.units)), kind="stable")
+        return np.argsort(bits.random_raw(n), kind="stable")
 
 
 class RowStream:
@@ -140,11 +161,15 @@ class RowStream:
                 return None
             self._segments.append(segment)
             self._n_tokens += len(segment.tokens)
-        row = np.empty(self._seq_len + 1, dtype=np.int32)
+        return self._take(self._seq_len)
+
+    def _take(self, n: int) -> np.ndarray:
+        """The next n tokens and, as the last of n + 1, the one after them, which stays."""
+        row = np.empty(n + 1, dtype=np.int32)
         filled = 0
-        while filled < self._seq_len:
+        while filled < n:
             segment = self._segments[0]
-            taken = segment.tokens[: self._seq_len - filled]
+            taken = segment.tokens[: n - filled]
             row[filled : filled + len(taken)] = taken
             filled += len(taken)
             if len(taken) == len(segment.tokens):
@@ -154,7 +179,7 @@ class RowStream:
                 self._segments[0] = Segment(at, segment.tokens[len(taken) :])
         row[-1] = self._segments[0].tokens[0]
         self.cursor = self._segments[0].at
-        self._n_tokens -= self._seq_len
+        self._n_tokens -= n
         return row
 
 
@@ -171,9 +196,9 @@ class RankRows:
         self._n_ranks = n_ranks
         self.position = position
         self._cursors = cursors
-        self._streams: dict[int, RowStream] = {}
+        self._streams: dict[int, Any] = {}
 
-    def advance(self, n_rows: int) -> list[np.ndarray]:
+    def advance(self, n_rows: int) -> list[Any]:
         """The rank's own among the run's next `n_rows` rows, in order; all its lanes move past all of these rows."""
         rows = []
         for n in range(self.position, self.position + n_rows):
@@ -190,11 +215,9 @@ class RankRows:
         """Place of each of the rank's lanes at `position`, by lane."""
         return self._cursors | {lane: stream.cursor for lane, stream in self._streams.items()}
 
-    def _stream(self, lane: int) -> RowStream:
+    def _stream(self, lane: int) -> Any:
         if lane not in self._streams:
-            cursor = self._cursors[lane]
-            segments = self._corpus.lane_segments(lane, cursor)
-            self._streams[lane] = RowStream(segments, self._corpus.seq_len, cursor)
+            self._streams[lane] = self._corpus.row_stream(lane, self._cursors[lane])
         return self._streams[lane]
 
 

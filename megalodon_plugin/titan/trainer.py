@@ -7,21 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from . import layout
 from .args import MegalodonModelArgs
+from .carried import CarriedStates, CarryingLoss
 from .checkpoint_guard import (
     check_data,
     check_fits,
+    check_same_shapes,
     checkpoint_to_load,
     loads_model_only,
     remove_incomplete,
     saved_tensors,
 )
-from .dataloader import Batch
+from .dataloader import Batch, DocumentLoader, carries_state
 from .loss import ScaledLoss
 from .metrics import JsonLinesMetrics, StepNumbers
 from .model_json import write_model_json
@@ -36,6 +39,7 @@ class MegalodonTrainer(Trainer):
     * scales the loss before the backward pass under pipeline parallelism;
     * counts tokens and losses so that records and checkpoints are right under every layout (see `JsonLinesMetrics`):
       `ntokens_seen` is what the whole job has been handed, whatever the number of ranks that share it;
+    * carries the model's state from step to step if `megalodon.carry_state` says so (see `carried`);
     * writes `model.json`, the model's configuration, into the dump folder, for whoever reads the checkpoint.
 
     The host's own models train under it as they do under `Trainer`.
@@ -44,17 +48,47 @@ class MegalodonTrainer(Trainer):
     def __init__(self, job_config: Any):
         if job_config.model.name == "megalodon":
             layout.mark_own_entry()
+        elif carries_state(job_config):
+            raise ValueError(
+                "`megalodon.carry_state` must be false for other models than megalodon, but is true with `model.name` "
+                f'= "{job_config.model.name}"'
+            )
         if job_config.training.enable_cpu_offload and utils.device_type == "cpu":
             raise ValueError("`training.enable_cpu_offload` must be false on a machine without a GPU, but is true")
         self._saves_random_state = True
+        self._carried: CarriedStates | None = None
         super().__init__(job_config)
         self._step_totals = LossTotals(self.device)
         # The host's own models have the host's metrics, which want the host's counts.
         self._counts_whole_job = isinstance(self.metrics_processor, JsonLinesMetrics)
         if isinstance(self.metrics_processor, JsonLinesMetrics):
             self.metrics_processor.numbers_of_step = self._numbers_of_step
+        if isinstance(self.dataloader, DocumentLoader):
+            self._carry(self.dataloader)
         if job_config.checkpoint.create_seed_checkpoint:
             self._write_model_json()
+
+    def _carry(self, dataloader: DocumentLoader) -> None:
+        training = self.job_config.training
+        whole_chunks = training.seq_len % self.model_args.chunk_size == 0
+        dtype = TORCH_DTYPE_MAP[training.mixed_precision_param]
+        model: Any = self.model_parts[0]
+        carried = CarriedStates(model, dataloader.lanes, training.local_batch_size, dtype, self.device, whole_chunks)
+        self._carried = carried
+        self._saves_carried_state = True
+        loss_fn: Any = self.loss_fn  # type: ignore[has-type]
+        self.loss_fn = CarryingLoss(loss_fn, carried)  # not the validator's
+        log = self.metrics_processor.log
+
+        def log_with_context(*record: Any, extra_metrics: dict[str, Any]) -> None:
+            log(*record, extra_metrics=extra_metrics | carried.numbers_of_step())
+
+        self.metrics_processor.log = log_with_context
+        chunk = "ends with a chunk" if whole_chunks else "may end inside a chunk, whose keys and values are carried too"
+        logger.info(
+            f"Carried state: a row of a step reads on where the one before it ended, {training.seq_len} tokens of one "
+            f"document a step, and {chunk}. Gradients stop at a row's start"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -64,6 +98,8 @@ class MegalodonTrainer(Trainer):
             state[f"random_state_{stage}"] = torch.get_rng_state()
             if utils.device_type != "cpu":
                 state[f"{utils.device_type}_random_state_{stage}"] = utils.device_module.get_rng_state()
+        if self._carried is not None and self._saves_carried_state:
+            state |= self._carried.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -73,6 +109,8 @@ class MegalodonTrainer(Trainer):
                 torch.set_rng_state(value)
             elif name.startswith(f"{utils.device_type}_random_state"):
                 utils.device_module.set_rng_state(value)
+        if self._carried is not None and self._saves_carried_state:
+            self._carried.load_state_dict(state_dict)
 
     def train(self) -> None:
         self._prepare_checkpoints()
@@ -92,22 +130,33 @@ class MegalodonTrainer(Trainer):
         check_fits(checkpoint, saved, self.model_parts)
         if loads_model_only(self.job_config, checkpoint):
             return
-        if "dataloader" not in checkpoint_options.exclude_from_loading:
+        with_data = "dataloader" not in checkpoint_options.exclude_from_loading
+        if with_data:
             check_data(checkpoint, saved, self.dataloader)
+        if self._carried is not None:
+            if with_data and "train_state" in checkpoint_options.exclude_from_loading:
+                raise ValueError(
+                    "`checkpoint.exclude_from_loading` must not name train_state without dataloader with "
+                    "`megalodon.carry_state`: rows would go on without the state of what they have read"
+                )
+            if with_data:
+                check_same_shapes(checkpoint, saved, self._carried.state_dict())
+            else:
+                self._without_while_loading("_saves_carried_state")  # all rows begin a document
         if any("random_state" in name and f"train_state.{name}" not in saved for name in self.state_dict()):
             logger.warning("The checkpoint holds no random state for this layout: dropout will not resume exactly")
-            self._without_random_state_while_loading()
+            self._without_while_loading("_saves_random_state")
 
-    def _without_random_state_while_loading(self) -> None:
-        """Leave the random state out of what the host asks of this one checkpoint."""
+    def _without_while_loading(self, flag: str) -> None:
+        """Leave what `flag` stands for out of what the host asks of this one checkpoint."""
         load = self.checkpointer.load
 
         def load_without(step: int = -1) -> bool:
-            self._saves_random_state = False
+            setattr(self, flag, False)
             try:
                 return load(step)
             finally:
-                self._saves_random_state = True
+                setattr(self, flag, True)
 
         self.checkpointer.load = load_without  # type: ignore[method-assign]
 
@@ -126,10 +175,15 @@ class MegalodonTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
         self._step_totals.clear()
+        if self._carried is not None:
+            self._carried.begin_step()
         super().train_step(data_iterator)
 
     def post_dataloading_process(self, input_dict: dict[str, Tensor], labels: Tensor):
+        begins = input_dict.pop("begins") if self._carried is not None else None
         processed = super().post_dataloading_process(input_dict, labels)
+        if self._carried is not None and begins is not None:
+            processed[3].update(state=self._carried.before(begins, labels), return_state=True)
         own_labels = processed[1]  # under context parallelism the slice of this rank
         self._own_tokens = (own_labels != IGNORE_INDEX).sum()
         return processed
