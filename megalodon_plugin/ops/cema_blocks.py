@@ -132,16 +132,14 @@ def table_grads(c: Coefficients, t: Tables, d_toeplitz: Tensor, d_out: Tensor, d
     d_s = torch.complex(d_into[..., :order].double(), d_into[..., order:].double()).transpose(1, 2).flip(-1)
     conj_p, conj_g, conj_powers = (z.conj_physical() for z in (c.p, c.g, t.powers))
     inner, outer = conj_powers[..., :-1], conj_powers[..., 1:]  # conj q^l for l < T and for 1 <= l <= T
-    d_pg = torch.einsum("dnl,dl->dn", inner, d_kernel.to(inner.dtype))
-    d_p = conj_g * d_pg + (inner * d_s).sum(-1)
-    d_g = conj_p * d_pg + (outer * d_c).sum(-1)
-    d_powers = torch.zeros_like(t.powers)
-    d_powers[..., :-1] = (conj_p * conj_g).unsqueeze(-1) * d_kernel.unsqueeze(1) + conj_p.unsqueeze(-1) * d_s
-    d_powers[..., 1:] += conj_g.unsqueeze(-1) * d_c
-    d_powers[..., -1] += d_a
+    # Each table's sum over l, once plain (for p and g) and once weighted by the power's exponent (for log q).
     lags = torch.arange(block + 1, dtype=torch.float64, device=c.p.device)
-    d_log_q = (conj_powers * d_powers * lags).sum(-1)
-    return CoefficientGrads(d_p, d_log_q, d_g, d_kernel[:, 0])
+    weights = torch.stack([torch.ones_like(lags), lags], -1).to(inner.dtype)  # (T+1, 2)
+    of_kernel, kernel_by_lag = (inner @ (d_kernel.unsqueeze(-1) * weights[:-1])).unbind(-1)  # each (D, N)
+    of_s, s_by_lag = ((inner * d_s) @ weights[:-1]).unbind(-1)
+    of_c, c_by_lag = ((outer * d_c) @ weights[1:]).unbind(-1)
+    d_log_q = conj_p * (conj_g * kernel_by_lag + s_by_lag) + conj_g * c_by_lag + block * conj_powers[..., -1] * d_a
+    return CoefficientGrads(conj_g * of_kernel + of_s, d_log_q, conj_p * of_kernel + of_c, d_kernel[:, 0])
 
 
 def scan(u: Tensor, log_a: Tensor) -> Tensor:
@@ -164,13 +162,15 @@ def scan(u: Tensor, log_a: Tensor) -> Tensor:
 
 
 def to_blocks(x: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """(B, L, D) -> (D, B * L/T, T)"""
-    return x.to(dtype).permute(2, 0, 1).reshape(x.shape[2], -1, block)
+    """(B, L, D) -> (D, B * L/T, T), contiguous: a strided operand is copied by each product that reads it."""
+    by_channel = x.to(dtype).reshape(-1, x.shape[2]).t().contiguous()  # two dimensions: torch transposes by tiles
+    return by_channel.view(x.shape[2], by_channel.shape[1] // block, block)
 
 
 def from_blocks(y: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
     """(D, B * L/T, T) -> (B, L, D)"""
-    return y.reshape(y.shape[0], batch, -1).permute(1, 2, 0).to(dtype).contiguous()
+    by_step = y.flatten(1).t().contiguous()  # (B * L, D)
+    return by_step.view(batch, by_step.shape[0] // batch, y.shape[0]).to(dtype)
 
 
 def to_pairs(z: Tensor) -> Tensor:
