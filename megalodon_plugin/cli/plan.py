@@ -323,6 +323,8 @@ def work_of(job: Job, layout: Layout) -> tuple[Work, int]:
         checkpointing=mode,
         loss_parallel=not options.parallelism.disable_loss_parallel,
         compiled_loss=options.compile.enable and "loss" in options.compile.components,
+        compiled=options.compile.enable and "model" in options.compile.components,
+        loss_rows=options.megalodon.loss_chunk_tokens,
     )
     return work, rows
 

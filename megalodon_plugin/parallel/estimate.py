@@ -72,6 +72,10 @@ class Work:
     """"none", "full", "op" (selective by op), or a number: every so manieth layer in full."""
     loss_parallel: bool = True
     compiled_loss: bool = True
+    compiled: bool = False
+    """Layers are compiled: of what selection by op keeps, only what the backward pass reads stays."""
+    loss_rows: int = 0
+    """Tokens whose logits exist at a time; 0: all. All under tensor and pipeline parallelism."""
     gpu: bool = True
     """CEMA's kernels and torch's fused RMSNorm, which a CPU lacks."""
 
@@ -173,16 +177,16 @@ def saved_by_layer(cfg: MegalodonConfig, work: Work, layout: Layout, checkpointi
     if checkpointing == "full":
         return a * d * tokens
     if checkpointing == "op":
-        number = a * d  # the input
-        number += a * d + statistics  # timestep_norm
-        number += a * v + a * d  # wv, cema
-        number += a * z + a * v + a * d  # wz, wr, wh1
+        number = 2 * a * d  # the inputs of attention and of the feed-forward network
+        number += 2 * a * v + a * z  # wv, wr, wz
         number += a * v + FLOAT32 * heads  # chunk_attention
-        number += a * cfg.dim  # wh2: partial sums of all features
-        number += a * f if cfg.swiglu else a * cfg.dim  # fc3, or fc2
+        number += a * f if cfg.swiglu else 0  # fc1
+        if not work.compiled:  # these are in the list, but nothing reads them
+            number += a * d + a * cfg.dim  # wh1; wh2: partial sums of all features
+            number += a * cfg.dim if cfg.swiglu else 0  # fc2
         number += 2 * a * d if tp > 1 else 0  # what the reduce-scatters give
-        # cema's last state; with slices of time what was gathered, folded and summarised.
-        return number * tokens + kept + state * (1 if layout.cp == 1 else layout.cp + 3)
+        # With slices of time what was gathered, folded and summarised.
+        return number * tokens + (0 if layout.cp == 1 else state * (layout.cp + 2))
     number = a * d + statistics  # timestep_norm: its input and each step's statistics
     number += a * d + (a * cfg.dim if tp > 1 else 0)  # cema: its input; wv: the same features, gathered
     number += 2 * a * v  # silu's input and output
@@ -228,6 +232,10 @@ def loss_bytes(cfg: MegalodonConfig, work: Work, layout: Layout) -> int:
     own = -(-cfg.n_outputs // layout.tp)
     number = own if work.loss_parallel else cfg.n_outputs
     copies = 2 * activation_bytes(work, layout) if work.compiled_loss else 3 * FLOAT32
+    if work.loss_rows and layout.tp == layout.pp == 1:
+        # The gradients of features and weight are there at once, the weight's as a float32 sum.
+        gradients = tokens * cfg.dim * activation_bytes(work, layout) + FLOAT32 * own * cfg.dim
+        return min(tokens, work.loss_rows) * own * copies + gradients
     gathered_from = own * activation_bytes(work, layout) if number != own else 0
     return tokens * (number * copies + gathered_from)
 
@@ -235,10 +243,15 @@ def loss_bytes(cfg: MegalodonConfig, work: Work, layout: Layout) -> int:
 def layer_backward_bytes(cfg: MegalodonConfig, work: Work, layout: Layout) -> int:
     """Bytes of one layer's backward pass: what is computed again, and the gradients at its widest place.
 
-    Those are taken to be three of the widest activation's size and one of the residual stream's.
+    Those are taken to be three of the widest activation's size and one of the residual stream's. A compiled layer
+    computes again what selection by op would keep, and for a while TimestepNorm, CEMA and the values.
     """
     a, tokens = activation_bytes(work, layout), work.rows * work.length // layout.cp
     mode = "full" if work.checkpointing.isdigit() else work.checkpointing
+    if work.compiled and mode != "none":
+        again = a * tokens * (2 * cfg.dim + cfg.value_dim) // layout.tp
+        again += saved_by_layer(cfg, work, layout, "op") if mode == "full" else 0
+        return again + a * tokens * (cfg.dim + 3 * max(cfg.value_dim, cfg.ffn_dim) // layout.tp)
     everything = saved_by_layer(cfg, work, layout, "none")
     again = 0 if mode == "none" else max(0, everything - saved_by_layer(cfg, work, layout, mode))
     widest = 3 * max(cfg.value_dim, cfg.ffn_dim) // layout.tp

@@ -60,7 +60,7 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     _set_loss(model, parallel_dims, job_config)
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
-        _checkpoint_activations(model, job_config, compile_model)
+        checkpoint_activations(model, job_config, compile_model)
     if compile_model:
         apply_compile(model, job_config.compile)
     mesh = data_mesh(parallel_dims)
@@ -69,7 +69,7 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     return model
 
 
-def _checkpoint_activations(model: nn.Module, job_config: Any, compile_model: bool) -> None:
+def checkpoint_activations(model: nn.Module, job_config: Any, compile_model: bool) -> None:
     """By the host. With selection by op, attention and feed-forward network are wrapped one by one: what is kept
     between them is one tensor, their sum with the residual, and not the products that it is the sum of.
     """

@@ -156,7 +156,7 @@ def bytes_kept(model: Megalodon, mode: str, x: Tensor, monkeypatch: pytest.Monke
         kept += tensors_of(dict(caching.storage))
     own = [p.to_local() if hasattr(p, "to_local") else p for p in block.parameters()]
     parameters = {p.untyped_storage().data_ptr() for p in own}
-    assert len(contexts) == (mode == "op")
+    assert len(contexts) == (2 if mode == "op" else 0)  # attention, feed-forward network
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     assert y.requires_grad
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
@@ -165,13 +165,14 @@ def bytes_kept(model: Megalodon, mode: str, x: Tensor, monkeypatch: pytest.Monke
 def checkpointed(model: Megalodon, mode: str) -> nn.Module:
     """The first layer as the host wraps it."""
     from torchtitan.config.job_config import ActivationCheckpoint
-    from torchtitan.distributed.activation_checkpoint import apply_ac
 
-    from megalodon_plugin.titan.parallelize import SAVED_OPS
+    from megalodon_plugin.titan.parallelize import checkpoint_activations
 
     if mode != "none":
         option = {"mode": "selective", "selective_ac_option": "op"} if mode == "op" else {"mode": mode}
-        apply_ac(model, ActivationCheckpoint(**option), op_sac_save_list=SAVED_OPS)  # type: ignore[arg-type]
+        options = ActivationCheckpoint(**option)  # type: ignore[arg-type]
+        job = SimpleNamespace(activation_checkpoint=options, job=SimpleNamespace(dump_folder=""))
+        checkpoint_activations(model, job, compile_model=False)
     return model.layers["0"]
 
 
@@ -231,6 +232,10 @@ def test_parts_of_the_logits() -> None:
     assert estimate.loss_bytes(cfg, Work(1, 4096), Layout(dp_shard=2, tp=2)) == whole / 2
     assert estimate.loss_bytes(cfg, Work(1, 4096, compiled_loss=False), Layout(dp_shard=2)) == 3 * whole
     assert estimate.loss_bytes(cfg, Work(1, 4096, loss_parallel=False), Layout(dp_shard=2, tp=2)) > whole
+    in_parts = Work(1, 4096, loss_rows=1024)
+    gradients = 2 * 4096 * cfg.dim + 4 * cfg.n_outputs * cfg.dim
+    assert estimate.loss_bytes(cfg, in_parts, Layout(dp_shard=2)) == whole / 4 + gradients
+    assert estimate.loss_bytes(cfg, in_parts, Layout(dp_shard=2, tp=2)) == whole / 2
 
 
 # Exchanges
