@@ -45,6 +45,8 @@ class MegalodonTrainer(Trainer):
     The host's own models train under it as they do under `Trainer`.
     """
 
+    _carried: CarriedStates | None = None
+
     def __init__(self, job_config: Any):
         if job_config.model.name == "megalodon":
             layout.mark_own_entry()
@@ -56,7 +58,6 @@ class MegalodonTrainer(Trainer):
         if job_config.training.enable_cpu_offload and utils.device_type == "cpu":
             raise ValueError("`training.enable_cpu_offload` must be false on a machine without a GPU, but is true")
         self._saves_random_state = True
-        self._carried: CarriedStates | None = None
         super().__init__(job_config)
         self._step_totals = LossTotals(self.device)
         # The host's own models have the host's metrics, which want the host's counts.
