@@ -2,11 +2,14 @@
 
 `bench ops` checks every implementation against float64 and refuses to time what is wrong, measures the ceilings in the
 same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws ops.png again from ops.json.
-`bench generate` reads and writes long texts; `bench train` takes whole training steps, beside the host's Llama.
+`bench generate` reads and writes long texts; `bench train` takes whole training steps, beside the host's Llama;
+`bench parallel` does so under layouts of several GPUs.
 """
 
 import argparse
 from pathlib import Path
+
+from .bench_parallel_options import SIZES, add_parallel
 
 OPS = ("cema", "timestep_norm")
 
@@ -32,6 +35,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     ops.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
     _add_generate(benches)
     _add_train(benches)
+    add_parallel(benches)
     plot = benches.add_parser("plot", help="draw ops.png from ops.json")
     plot.add_argument("folder", type=Path, help="the folder that holds ops.json")
 
@@ -64,8 +68,7 @@ def _add_train(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="measure training steps",
         description="Tokens a second, memory and MFU of training steps in the host. Writes train.json and train.png.",
     )
-    sizes = ("7B-width", "1.3B", "200M", "debug")
-    parser.add_argument("--sizes", choices=sizes, nargs="+", default=["200M"], help="models; 7B-width has 4 layers")
+    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=["200M"], help="models; 7B-width has 4 layers")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768], help="tokens of a row")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step; longer rows come one a step")
     parser.add_argument("--against", choices=["llama"], help="also torchtitan's Llama of equal size")
@@ -90,8 +93,8 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
-def run_bench(known: argparse.Namespace) -> None:
-    """Run the command that was parsed.
+def run_bench(known: argparse.Namespace) -> int:
+    """Run the command that was parsed; the exit status.
 
     Raises:
         ValueError: there is no CUDA GPU, or a folder lacks what it must hold.
@@ -101,12 +104,16 @@ def run_bench(known: argparse.Namespace) -> None:
         from .bench_generate import run_bench_generate
 
         run_bench_generate(known)
-        return
+        return 0
     if known.bench == "train":
         from .bench_train import run_bench_train
 
         run_bench_train(known)
-        return
+        return 0
+    if known.bench == "parallel":
+        from .bench_parallel import run_bench_parallel
+
+        return run_bench_parallel(known)
     if known.bench == "plot":
         import json
 
@@ -116,7 +123,7 @@ def run_bench(known: argparse.Namespace) -> None:
             raise ValueError(f"`folder` must hold ops.json, but {known.folder} does not")
         draw(json.loads((known.folder / "ops.json").read_text()), known.folder / "ops.png")
         print(known.folder / "ops.png")
-        return
+        return 0
     import torch
 
     if not torch.cuda.is_available():
@@ -127,3 +134,4 @@ def run_bench(known: argparse.Namespace) -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     Bench(known, device).run()
+    return 0

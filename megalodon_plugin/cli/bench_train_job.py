@@ -1,4 +1,8 @@
-"""One training job of a benchmark: a few steps of the host's Trainer on random tokens, timed one by one."""
+"""One training job of a benchmark: a few steps of the host's Trainer on random tokens, timed one by one.
+
+Under a layout of several ranks every rank runs the job, on its part of the same tokens and, if asked to, of the same
+weights, so that losses can be compared with one rank's.
+"""
 
 import gc
 import statistics
@@ -8,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
 
@@ -20,23 +26,33 @@ from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.protocols import train_spec
 from torchtitan.tools import utils
 
+from megalodon_plugin.parallel.estimate import Layout
 from megalodon_plugin.titan.entry import read_job
 from megalodon_plugin.titan.trainer import MegalodonTrainer
+
+from .bench_parallel_cases import ONE, degrees_of
 
 VOCABULARY = 32000
 SPECS = {"llama": "llama3", "megalodon": "megalodon"}
 
 
 class RandomTokens(BaseDataLoader):
-    """The same rows of random tokens at every step: the time of reading text is left out."""
+    """The same rows of random tokens at every step, shared by the data parallel ranks in their order.
 
-    def __init__(self, job_config: Any, **_: Any):
-        shape = (job_config.training.local_batch_size, job_config.training.seq_len + 1)
-        self.rows = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+    The time of reading text is left out.
+    """
+
+    def __init__(self, job_config: Any, dp_rank: int, dp_world_size: int, vocabulary: int, **_: Any):
+        training = job_config.training
+        self.batch = training.local_batch_size
+        rows = training.global_batch_size if training.global_batch_size > 0 else self.batch * dp_world_size
+        tokens = torch.randint(vocabulary, (rows, training.seq_len + 1), generator=torch.Generator().manual_seed(0))
+        self.rows = tokens.chunk(dp_world_size)[dp_rank]
 
     def __iter__(self) -> Iterator[Any]:
         while True:
-            yield {"input": self.rows[:, :-1]}, self.rows[:, 1:]
+            for rows in self.rows.split(self.batch):
+                yield {"input": rows[:, :-1]}, rows[:, 1:]
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -52,10 +68,28 @@ class Job:
     model: str
     options: tuple[tuple[str, Any], ...]
     batch: int
+    """Rows of one forward and backward pass of a data parallel rank."""
     length: int
     checkpointing: str = "selective"
     compiled: bool = True
     low_precision: bool = True
+    layout: Layout = ONE
+    rows: int | None = None
+    """Of a step, over all ranks; by default one pass of each rank."""
+    same_weights: bool = False
+    """The same on any layout; otherwise as the host initialises them, whose random numbers depend on the layout."""
+    alone: bool = False
+    """This process is rank 0, and the host's "fake_backend" stands for the others. It copies this rank's part into all
+    places of what is gathered, so shapes, sizes and the range of the numbers are those of a real step."""
+
+    @property
+    def vocabulary(self) -> int:
+        return dict(self.options).get("vocab_size", VOCABULARY)
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, over all ranks."""
+        return (self.rows or self.batch * self.layout.data) * self.length
 
     def arguments(self, steps: int, folder: str) -> list[str]:
         """The host's command line."""
@@ -68,6 +102,7 @@ class Job:
             "model.hf_assets_path": "byte",
             "training.local_batch_size": self.batch,
             "training.seq_len": self.length,
+            "training.global_batch_size": self.rows or -1,
             "training.steps": steps,
             "training.mixed_precision_param": "bfloat16" if self.low_precision else "float32",
             "activation_checkpoint.mode": self.checkpointing,
@@ -76,18 +111,47 @@ class Job:
             "lr_scheduler.total_steps": 10**4,
             "metrics.log_freq": 10**6,
             "debug.seed": 0,
+            "comm.mode": "fake_backend" if self.alone else "default",
         }
+        found |= {f"parallelism.{name}": degree for name, degree in degrees_of(self.layout).items()}
         if self.model == "megalodon":
             found |= {f"megalodon.{name}": value for name, value in self.options if name != "flavor"}
-            found |= {"megalodon.vocab_size": VOCABULARY, "model.flavor": dict(self.options)["flavor"]}
+            found |= {"megalodon.vocab_size": self.vocabulary, "model.flavor": dict(self.options)["flavor"]}
         flags = [f"--compile.{'' if self.compiled else 'no-'}enable"]
         return [*flags, *(part for name, value in found.items() for part in (f"--{name}", str(value)))]
 
 
 class TimedTrainer(MegalodonTrainer):
-    """Keeps each step's seconds; after two steps, which compile, memory is counted anew."""
+    """Keeps each step's seconds; after two steps, which compile and are logged, memory is counted anew."""
 
-    seconds: list[float]
+    def __init__(self, job_config: Any, same_weights: bool = False, alone: bool = False):
+        super().__init__(job_config)
+        self.seconds: list[float] = []
+        self.losses_and_norms: list[tuple[float, float]] = []
+        """Of the logged steps, over all ranks."""
+        if same_weights:
+            self._take_same_weights()
+        if alone:
+            self.optimizers.register_step_pre_hook(self._clear_gradients)
+        metrics = self.metrics_processor
+        metrics.should_log = lambda step: step <= 2
+        metrics.logger.log = lambda numbers, step: self.losses_and_norms.append(
+            (float(numbers["loss_metrics/global_avg_loss"]), float(numbers["grad_norm"]))
+        )
+
+    def _clear_gradients(self, *_: Any) -> None:
+        """What the fake backend leaves as a sum of gradients may be anything; NaNs would make the next step faster."""
+        for parameter in (p for part in self.model_parts for p in part.parameters() if p.grad is not None):
+            parameter.grad.zero_()
+
+    def _take_same_weights(self) -> None:
+        """This rank's part of the model that one process on this kind of device would make."""
+        torch.manual_seed(0)
+        with self.device:
+            whole: Any = self.train_spec.model_cls(self.model_args)
+            whole.init_weights(buffer_device=self.device)
+        for part in self.model_parts:
+            set_model_state_dict(part, whole.state_dict(), options=StateDictOptions(full_state_dict=True, strict=False))
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         if len(self.seconds) == 2 and self.device.type == "cuda":
@@ -112,12 +176,12 @@ def run_job(job: Job, steps: int, after: Callable[[TimedTrainer], dict[str, Any]
         was not enough.
     """
     torch._dynamo.reset()
-    row = {"model": job.model, "batch": job.batch, "length": job.length, "checkpointing": job.checkpointing}
+    row: dict[str, Any] = {"model": job.model, "batch": job.batch, "length": job.length}
+    row["checkpointing"] = job.checkpointing
     trainer = None
     try:
         with tempfile.TemporaryDirectory() as folder, _spec_of(job):
-            trainer = TimedTrainer(read_job(job.arguments(steps, folder)))
-            trainer.seconds = []
+            trainer = TimedTrainer(read_job(job.arguments(steps, folder)), job.same_weights, job.alone)
             trainer.train()
             row |= _numbers(trainer, job)
             return row if after is None else row | after(trainer)
@@ -138,30 +202,29 @@ def run_job(job: Job, steps: int, after: Callable[[TimedTrainer], dict[str, Any]
 def _numbers(trainer: TimedTrainer, job: Job) -> dict[str, Any]:
     counted = trainer.seconds[2:]
     seconds = statistics.median(counted)
-    model = trainer.model_parts[0]
+    with torch.device("meta"):  # the rank's own part may be one stage
+        model: Any = trainer.train_spec.model_cls(trainer.model_args)
     numbers = {
-        "tokens_per_s": job.batch * job.length / seconds,
+        "tokens_per_s": job.tokens / seconds,
         "seconds": seconds,
         "spread": (max(counted) - min(counted)) / seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "gflop_per_token": _flops(trainer, job) / 1e9,
+        "gflop_per_token": _flops(trainer.model_args, model, job) / 1e9,
     }
     if trainer.device.type == "cuda":
         numbers |= {
             "peak_gib": torch.cuda.max_memory_reserved() / 2**30,
             "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
-        peak = utils.get_peak_flops(torch.cuda.get_device_name())
+        peak = utils.get_peak_flops(torch.cuda.get_device_name()) * job.layout.gpus
         numbers["mfu"] = numbers["gflop_per_token"] * 1e9 * numbers["tokens_per_s"] / peak
     return numbers
 
 
-def _flops(trainer: TimedTrainer, job: Job) -> float:
+def _flops(args: Any, model: torch.nn.Module, job: Job) -> float:
     """Of a trained token, of the pairs that causal attention looks at and without recomputation."""
-    model = trainer.model_parts[0]
     if job.model == "megalodon":
-        return trainer.model_args.get_nparams_and_flops(model, job.length)[1]
-    args: Any = trainer.model_args
+        return args.get_nparams_and_flops(model, job.length)[1]
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     return 6 * matrices + 6 * args.n_layers * args.dim * (job.length + 1)
 
@@ -171,7 +234,8 @@ def _spec_of(job: Job) -> Iterator[None]:
     """The host's train spec with random tokens and, for its Llama, these sizes."""
     name = SPECS[job.model]
     before = train_spec._extra_train_specs.get(name)
-    spec = replace(train_spec.get_train_spec(name), build_dataloader_fn=RandomTokens, build_validator_fn=None)
+    loader = partial(RandomTokens, vocabulary=job.vocabulary)
+    spec = replace(train_spec.get_train_spec(name), build_dataloader_fn=loader, build_validator_fn=None)
     if job.model == "llama":
         args = TransformerModelArgs(vocab_size=VOCABULARY, **dict(job.options))
         spec = replace(spec, model_args={"bench": args}, build_tokenizer_fn=None)

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             run_convert(known)
         elif known.command == "bench":
-            run_bench(known)
+            sys.exit(run_bench(known))
         elif known.command == "plan":
             sys.exit(run_plan(known, rest))
         else:

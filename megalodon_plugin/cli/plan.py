@@ -159,8 +159,6 @@ def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Job:
     Raises:
         ValueError: the job trains another model, or asks for something that cannot be estimated.
     """
-    from megalodon_plugin.model import Megalodon
-    from megalodon_plugin.titan.args import Flavors
     from megalodon_plugin.titan.entry import read_job
 
     degrees = [option for option in overrides if option.startswith("--parallelism.") and "degree" in option]
@@ -178,6 +176,14 @@ def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Job:
         raise ValueError("`training.enable_cpu_offload` must be false for a plan: it counts all state on the GPU")
     for key in ("data_parallel_replicate", "context_parallel", "tensor_parallel", "pipeline_parallel"):
         setattr(options.parallelism, f"{key}_degree", 1)
+    return job_of(options)
+
+
+def job_of(options: Any) -> Job:
+    """The job of a host's configuration, whose degrees it does not look at; its model on the meta device."""
+    from megalodon_plugin.model import Megalodon
+    from megalodon_plugin.titan.args import Flavors
+
     args = Flavors()[options.model.flavor]
     args.update_from_config(options)
     with torch.device("meta"):

@@ -1,0 +1,95 @@
+"""What a rank exchanges in a step, counted as it happens, and what the formulas of docs/scaling.md say."""
+
+from collections import Counter
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalodon_plugin.parallel.estimate import Layout
+from megalodon_plugin.parallel.traffic import exchanges_of_step
+
+from .plan import job_of, stages_of, work_of
+
+Exchanged = dict[str, dict[str, list[float]]]
+"""dimension -> kind -> [messages, bytes of all parts together (of an all-reduce the whole tensors)]"""
+
+SINGLE_NUMBERS = 16  # bytes: the loss, norms and counts of tokens
+PADDING = 0.1
+"""By how much the bytes of FSDP may differ from the formulas': shards are padded to whole rows of their tensors."""
+
+
+class ExchangeCounter(TorchDispatchMode):
+    """Sums messages and bytes of the parts, by who issues them: FSDP by c10d, the others by functional collectives.
+
+    Sees what runs eagerly.
+    """
+
+    KINDS = {  # noqa: RUF012  read only
+        "c10d._allgather_base_": ("fsdp", "all-gather", 1),
+        "c10d._reduce_scatter_base_": ("fsdp", "reduce-scatter", 0),
+        "c10d.allreduce_": ("replicate", "all-reduce", 0),
+        "c10d.send": ("pp", "send", 0),
+        "_c10d_functional.all_gather_into_tensor": ("tp", "all-gather", 0),
+        "_c10d_functional.reduce_scatter_tensor": ("tp", "reduce-scatter", 0),
+        "_c10d_functional.all_reduce": ("tp", "all-reduce", 0),
+        "megalodon.gather_summaries": ("cp", "all-gather", 0),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: dict[str, dict[str, Counter[str]]] = {}
+
+    @property
+    def found(self) -> Exchanged:
+        return {
+            dimension: {kind: [row["messages"], row["bytes"]] for kind, row in kinds.items()}
+            for dimension, kinds in self._counts.items()
+        }
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).rpartition(".")[0]
+        if name in self.KINDS:
+            dimension, kind, argument = self.KINDS[name]
+            tensors = args[argument] if isinstance(args[argument], (list, tuple)) else [args[argument]]
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            if name == "_c10d_functional.reduce_scatter_tensor":
+                size //= args[2]  # what goes in is of all ranks
+            if size > SINGLE_NUMBERS:
+                row = self._counts.setdefault(dimension, {}).setdefault(kind, Counter())
+                row.update(messages=1, bytes=size)
+        return func(*args, **kwargs or {})
+
+
+def planned_exchanges(options: Any, layout: Layout, stage: int) -> Exchanged:
+    """What the formulas say of a rank in the `stage`-th stage under the host's configuration `options`."""
+    job = job_of(options)
+    work, _ = work_of(job, layout)
+    reshard = {"always": True, "never": False, "default": layout.pp == 1}
+    policy = reshard[options.parallelism.fsdp_reshard_after_forward]
+    exchanges = exchanges_of_step(
+        job.args.config, job.parameters, work, layout, stages_of(job, layout.pp)[stage], policy
+    )
+    found: Exchanged = {}
+    for exchange in exchanges:
+        if not exchange.messages:
+            continue
+        row = found.setdefault(exchange.dimension, {}).setdefault(exchange.kind, [0, 0])
+        whole = exchange.ranks if exchange.kind == "all-reduce" else 1
+        row[0] += round(exchange.messages)
+        row[1] += round(exchange.messages) * exchange.part * whole
+    return found
+
+
+def differences(found: Exchanged, planned: Exchanged) -> list[str]:
+    """Where what was counted is not what the formulas say, in words."""
+    told = []
+    for dimension, kind in sorted({(d, k) for side in (found, planned) for d, kinds in side.items() for k in kinds}):
+        messages, size = found.get(dimension, {}).get(kind, [0, 0])
+        expected, expected_size = planned.get(dimension, {}).get(kind, [0, 0])
+        padding = PADDING * expected_size if dimension in ("fsdp", "replicate") else 0
+        if messages != expected or abs(size - expected_size) > padding:
+            told.append(
+                f"{dimension} {kind}: {messages:.0f} messages, {size:.0f} bytes, but by the formulas {expected:.0f}, "
+                f"{expected_size:.0f}"
+            )
+    return told

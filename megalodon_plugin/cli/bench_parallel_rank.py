@@ -1,0 +1,88 @@
+"""One rank of `megalodon bench parallel`: trains one job and writes what it found.
+
+    python -m torch.distributed.run ... -m megalodon_plugin.cli.bench_parallel_rank ORDER FOLDER
+
+ORDER is a JSON file, an `Order`; rank R writes FOLDER/R.json.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon_plugin.parallel.estimate import Layout
+
+from .bench_parallel_exchanges import ExchangeCounter, differences, planned_exchanges
+from .bench_parallel_trace import trace_step
+from .bench_train_job import Job, TimedTrainer, run_job
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job and what to look at beside its time."""
+
+    job: Job
+    steps: int
+    count: bool = False
+    """Messages and bytes of one more step, which must not be compiled."""
+    trace: bool = False
+    """The share of communication in one more step."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> "Order":
+        job = dict(found["job"])
+        job["options"] = tuple((name, value) for name, value in job["options"])
+        job["layout"] = Layout(**job["layout"])
+        return cls(**(found | {"job": Job(**job)}))
+
+
+def run_order(order: Order) -> dict[str, Any]:
+    """What `run_job` returns, and "losses_and_norms", "exchanges", "differences" or "communication" as ordered."""
+
+    def look(trainer: TimedTrainer) -> dict[str, Any]:
+        found: dict[str, Any] = {"losses_and_norms": trainer.losses_and_norms}
+        if order.count:
+            found |= _count(trainer, order.job.layout)
+        if order.trace:
+            found["communication"] = trace_step(trainer)
+        return found
+
+    row = run_job(order.job, order.steps, look)
+    return row | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def _count(trainer: TimedTrainer, layout: Layout) -> dict[str, Any]:
+    batches = trainer.batch_generator(trainer.dataloader)
+    with ExchangeCounter() as exchanges:
+        trainer.train_step(batches)
+    stage = trainer.parallel_dims.get_mesh("pp").get_local_rank() if layout.pp > 1 else 0
+    planned = planned_exchanges(trainer.job_config, layout, stage)
+    found = exchanges.found
+    return {"exchanges": found, "planned": planned, "differences": differences(found, planned)}
+
+
+def main() -> None:
+    order = Order.from_dict(json.loads(Path(sys.argv[1]).read_text()))
+    folder, rank = Path(sys.argv[2]), os.environ["RANK"]
+    logging.getLogger().setLevel(logging.WARNING)
+    if order.job.alone:
+        os.environ |= {name: str(order.job.layout.gpus) for name in ("WORLD_SIZE", "NGPU")}
+    row = run_order(order)
+    unfinished = folder / f"{rank}.unfinished"
+    unfinished.write_text(json.dumps(row))
+    unfinished.replace(folder / f"{rank}.json")
+    if "failed" in row:
+        os._exit(1)  # the other ranks wait for this one, as long as a collective may take, unless it is seen to fail
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The tables and the picture of `megalodon bench parallel`."""
+
+from pathlib import Path
+from typing import Any
+
+from .bench_parallel_rows import Row
+
+HEADER = (
+    f"{'':>9} {'size':>8} {'model':>9} {'layout':>21} {'GPUs':>4} {'rows x length':>14} {'tokens/s':>10} {'GiB':>6} "
+    f"{'exchange':>8} {'exposed':>7} {'effic.':>6} {'to FSDP':>7} {'deviation':>9}"
+)
+
+
+def table(rows: list[Row], header: bool = True) -> str:
+    """A line a row: the share of a step in which something was exchanged, or nothing else happened; efficiencies."""
+    lines = [HEADER] if header else []
+    for row in rows:
+        line = f"{row['scaling']:>9} {row['size']:>8} {row['model']:>9} {row['layout']:>21} {row['gpus']:>4} "
+        line += f"{row['rows']:>5} x {row['length']:>6}"
+        if "failed" in row:
+            lines.append(f"{line} {row['failed']}")
+            continue
+        found = row.get("communication", {})
+        shares = f"{_form(found.get('share'), '.1%'):>8} {_form(found.get('exposed'), '.1%'):>7}"
+        ratios = f"{_form(row.get('efficiency'), '.3f'):>6} {_form(row.get('to_fsdp'), '.3f'):>7}"
+        line += f" {row['tokens_per_s']:>10,.0f} {_form(row.get('peak_gib'), '.1f'):>6} {shares} {ratios}"
+        lines.append(f"{line} {_form(row.get('deviation'), '.1e'):>9}".rstrip())
+    return "\n".join(lines)
+
+
+def check_line(row: Row) -> str:
+    """What a check of a layout found."""
+    about = f"    check {row['layout']:>21} {row['gpus']:>4} processes"
+    if "failed" in row:
+        return f"{about}  FAILED: {row['failed']}"
+    kinds = [kind for dimensions in row["exchanges"]["0"].values() for kind in dimensions.values()]
+    messages, size = sum(kind[0] for kind in kinds), sum(kind[1] for kind in kinds)
+    return f"{about}  deviation {row['deviation']:.1e}; rank 0: {messages:.0f} messages, {size:,.0f} bytes, as planned"
+
+
+def _form(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def draw(results: dict[str, Any], picture: Path) -> None:
+    """Weak and strong scaling against the number of GPUs, a line for each kind of layout; simulated steps as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in results["rows"] if "failed" not in row]
+    present = [kind for kind in ("weak", "strong", "simulated") if any(row["scaling"] == kind for row in rows)]
+    titles = {
+        "weak": "weak scaling: tokens/s a GPU over one GPU's",
+        "strong": "strong scaling: tokens/s",
+        "simulated": "simulated: a rank's work measured, links as published",
+    }
+    columns = present or ["weak"]
+    figure, axes = plt.subplots(1, len(columns), figsize=(6.5 * len(columns), 5.2), squeeze=False)
+    for kind, axis in zip(columns, axes[0], strict=True):
+        axis.set_title(titles[kind], fontsize=10)
+        chosen = [row for row in rows if row["scaling"] == kind]
+        if kind == "simulated":
+            _bars(axis, chosen)
+        else:
+            _lines(axis, chosen, "efficiency" if kind == "weak" else "tokens_per_s")
+    where = f"{results['device']}, torch {results['torch']}, {results['dtype']}"
+    figure.suptitle(f"Layouts of several GPUs, {where}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def _lines(axis: Any, rows: list[Row], number: str) -> None:
+    """One line for each model, amount of work and set of dimensions; all begin at one GPU."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        work = f"{row['size']} {row['model']}, {row['length'] if number == 'tokens_per_s' else row['tokens_per_gpu']}"
+        dimensions = " x ".join(part.split(" ")[0] for part in row["layout"].split(" x ")) if row["gpus"] > 1 else ""
+        lines.setdefault(f"{work} {dimensions}".strip(), []).append((row["gpus"], row[number]))
+    ones = {label: points[0] for label, points in lines.items() if points[0][0] == 1 and len(points) == 1}
+    for label, points in lines.items():
+        if label in ones:
+            continue
+        begin = next((one for start, one in ones.items() if label.startswith(start + " ")), None)
+        found = sorted([*([begin] if begin else []), *points])
+        axis.plot([x for x, _ in found], [y for _, y in found], "o-", label=label, markersize=4)
+    if not lines.keys() - ones.keys():
+        for label, (x, y) in ones.items():
+            axis.plot([x], [y], "o", label=label)
+    axis.set(xlabel="GPUs", xscale="log")
+    ticks = sorted({row["gpus"] for row in rows})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    if number == "tokens_per_s":
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    if lines:
+        axis.legend(fontsize=7)
+
+
+def _bars(axis: Any, rows: list[Row]) -> None:
+    """A bar of tokens a second and GPU for each layout; its pale part is what exchanges take away."""
+    labels = [f"{row['size']} {row['layout']}" for row in rows]
+    speeds = [row["tokens_per_s"] / row["gpus"] for row in rows]
+    work = [row["rows"] * row["length"] / row["work_seconds"] / row["gpus"] for row in rows]
+    axis.barh(labels, work, color="tab:blue", alpha=0.3, label="a rank's work alone")
+    axis.barh(labels, speeds, color="tab:blue", label="with what exchanges do not hide")
+    axis.invert_yaxis()
+    axis.set(xlabel="tokens/s a GPU")
+    axis.legend(fontsize=7, loc="lower left")

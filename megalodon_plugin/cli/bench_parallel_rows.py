@@ -1,0 +1,65 @@
+"""Rows of `megalodon bench parallel`: what ranks found as one row, and rows beside each other."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def merged(ranks: list[Row]) -> Row:
+    """One row of all ranks': the slowest, the fullest, and what rank 0 found of the rest."""
+    reasons = [rank["failed"] for rank in ranks if "failed" in rank]
+    if reasons:
+        return {"failed": "out of memory" if "out of memory" in reasons else reasons[0]}
+    slowest = max(ranks, key=lambda rank: rank["seconds"])
+    kept = ("tokens_per_s", "seconds", "spread", "parameters", "gflop_per_token", "mfu", "checkpointing", "batch")
+    found = {name: slowest[name] for name in kept if name in slowest}
+    for name in ("peak_gib", "allocated_gib"):
+        if name in slowest:
+            found[name] = max(rank[name] for rank in ranks)
+    if "communication" in ranks[0]:
+        found["communication"] = ranks[0]["communication"]
+    found["losses_and_norms"] = logged(ranks)
+    return found
+
+
+def logged(ranks: list[Row]) -> list[list[float]]:
+    """Losses and gradient norms of the logged steps, from a rank that knows them: only a last stage has a loss."""
+    return max((rank["losses_and_norms"] for rank in ranks), key=lambda steps: [loss for loss, _ in steps])
+
+
+def deviation(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
+    """The largest relative difference of a loss or a gradient norm; infinite where steps are missing."""
+    if len(found) != len(expected) or not found:
+        return float("inf")
+    pairs = [pair for a, b in zip(found, expected, strict=True) for pair in zip(a, b, strict=True)]
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def compare(rows: Iterable[Row]) -> None:
+    """Put into each measured row what it comes to beside others of the same model and work.
+
+    "efficiency": tokens a second and GPU over those of one GPU, or the fewest that could do it ("base_gpus"), with as
+    many tokens each (weak, simulated) or in a step (strong). "to_fsdp": the same against FSDP alone on as many GPUs.
+    "deviation": of losses and gradient norms from the base's, where both had the same tokens (strong, Megalodon: the
+    host's Llama logs losses that depend on the layout).
+    """
+    measured = [row for row in rows if "tokens_per_s" in row]
+    for row in measured:
+        alike = [other for other in measured if _work(other) == _work(row)]
+        base = min(alike, key=lambda other: (other["gpus"], -_of_gpu(other)))
+        row["efficiency"], row["base_gpus"] = _of_gpu(row) / _of_gpu(base), base["gpus"]
+        fsdp = [other for other in alike if other["layout"] == f"fsdp {row['gpus']}"]
+        if fsdp and row["gpus"] > 1:
+            row["to_fsdp"] = _of_gpu(row) / _of_gpu(fsdp[0])
+        if row["scaling"] == "strong" and row["model"] == "megalodon" and row is not base:
+            row["deviation"] = deviation(row["losses_and_norms"], base["losses_and_norms"])
+
+
+def _of_gpu(row: Row) -> float:
+    return row["tokens_per_s"] / row["gpus"]
+
+
+def _work(row: Row) -> tuple[Any, ...]:
+    amount = (row["length"], row["rows"]) if row["scaling"] == "strong" else (row["tokens_per_gpu"],)
+    return (row["scaling"], row["size"], row["model"], *amount)
