@@ -5,6 +5,7 @@ Everything it prints but the parameter count is an estimate: memory from `parall
 """
 
 import argparse
+import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -174,16 +175,17 @@ def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Job:
         raise ValueError(f"`activation_checkpoint.mode` must be none, full or selective for a plan, but is {mode!r}")
     if options.training.enable_cpu_offload:
         raise ValueError("`training.enable_cpu_offload` must be false for a plan: it counts all state on the GPU")
-    for key in ("data_parallel_replicate", "context_parallel", "tensor_parallel", "pipeline_parallel"):
-        setattr(options.parallelism, f"{key}_degree", 1)
     return job_of(options)
 
 
 def job_of(options: Any) -> Job:
-    """The job of a host's configuration, whose degrees it does not look at; its model on the meta device."""
+    """The job of a host's configuration with all degrees 1, its model on the meta device."""
     from megalodon_plugin.model import Megalodon
     from megalodon_plugin.titan.args import Flavors
 
+    options = copy.deepcopy(options)
+    for key in ("data_parallel_replicate", "context_parallel", "tensor_parallel", "pipeline_parallel"):
+        setattr(options.parallelism, f"{key}_degree", 1)
     args = Flavors()[options.model.flavor]
     args.update_from_config(options)
     with torch.device("meta"):
@@ -368,8 +370,6 @@ def estimate(job: Job, layout: Layout, stages: list[Stage], links: Links, tflops
 
 def with_checkpointing(job: Job, mode: str) -> Job:
     """The same job under another mode of activation checkpointing."""
-    import copy
-
     options = copy.deepcopy(job.options)
     options.activation_checkpoint.mode = mode
     return dataclasses.replace(job, options=options)
