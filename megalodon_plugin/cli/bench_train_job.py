@@ -147,9 +147,11 @@ class TimedTrainer(MegalodonTrainer):
     def _take_same_weights(self) -> None:
         """This rank's part of the model that one process on this kind of device would make."""
         torch.manual_seed(0)
-        with self.device:
+        with torch.device("meta"):
             whole: Any = self.train_spec.model_cls(self.model_args)
-            whole.init_weights(buffer_device=self.device)
+        whole.to_empty(device=self.device)
+        with torch.no_grad():
+            whole.init_weights(buffer_device=None)
         for part in self.model_parts:
             set_model_state_dict(part, whole.state_dict(), options=StateDictOptions(full_state_dict=True, strict=False))
 

@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
 
             run_convert(known)
         elif known.command == "bench":
-            sys.exit(run_bench(known))
+            if status := run_bench(known):
+                sys.exit(status)
         elif known.command == "plan":
             sys.exit(run_plan(known, rest))
         else:

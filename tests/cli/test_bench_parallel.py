@@ -1,0 +1,294 @@
+"""`megalodon bench parallel` without a GPU: its cases, its arithmetic, and small runs of its parts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalodon_plugin.cli.bench_parallel import SMALL, ParallelBench, _start
+from megalodon_plugin.cli.bench_parallel_cases import (
+    ONE,
+    Case,
+    default_layouts,
+    name_of,
+    parse_layout,
+    simulated_cases,
+    strong,
+    weak,
+    without_a_row_for_all,
+)
+from megalodon_plugin.cli.bench_parallel_exchanges import differences
+from megalodon_plugin.cli.bench_parallel_rank import Order
+from megalodon_plugin.cli.bench_parallel_report import check_line, draw, table
+from megalodon_plugin.cli.bench_parallel_rows import compare, deviation, merged
+from megalodon_plugin.cli.bench_parallel_simulate import simulated_row
+from megalodon_plugin.cli.bench_parallel_trace import communication
+from megalodon_plugin.cli.bench_train_job import Job
+from megalodon_plugin.cli.main import main
+from megalodon_plugin.parallel.traffic import Links
+
+from tiny_job import environment
+
+
+@pytest.mark.parametrize("name", ["1", "cp 8", "fsdp 2 x cp 4", "replicate 2 x fsdp 4 x cp 2 x tp 2 x pp 2"])
+def test_layouts_have_names(name: str) -> None:
+    assert name_of(parse_layout(name)) == name
+
+
+@pytest.mark.parametrize("text", ["", "cp", "cp 0", "cp -2", "ring 2", "cp 2 x cp 2", "cp 2, tp 2", "cp ²"])
+def test_what_is_no_layout_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a layout must be degrees of"):
+        parse_layout(text)
+
+
+def test_default_layouts_fit_the_gpus_and_hold_every_dimension_alone() -> None:
+    assert default_layouts(1) == [ONE]
+    names = [name_of(layout) for layout in default_layouts(7)]
+    assert {"cp 2", "tp 4", "pp 4", "fsdp 4", "fsdp 2 x cp 2"} <= set(names)
+    assert max(parse_layout(name).gpus for name in names) == 4
+    assert max(layout.gpus for layout in default_layouts(8)) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "length", "local"),
+    [
+        ("1", 1, 100, 1),
+        ("cp 8", 1, 800, 1),
+        ("fsdp 8", 8, 100, 1),
+        ("fsdp 2 x cp 4", 2, 400, 1),
+        ("tp 4", 4, 100, 4),
+        ("fsdp 2 x pp 4", 8, 100, 4),
+    ],
+)
+def test_weak_scaling_gives_every_gpu_as_many_tokens(name: str, rows: int, length: int, local: int) -> None:
+    case = weak("debug", "megalodon", parse_layout(name), 100)
+    assert (case.rows, case.length, case.local_rows) == (rows, length, local)
+    assert case.tokens == 100 * case.layout.gpus
+    assert without_a_row_for_all(case) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "local"), [("1", 2), ("cp 2", 4), ("fsdp 2", 2), ("fsdp 4", 2), ("fsdp 8", 1), ("tp 4", 8), ("pp 4", 8)]
+)
+def test_strong_scaling_accumulates_what_a_gpu_cannot_take_at_once(name: str, local: int) -> None:
+    case = strong("debug", "megalodon", parse_layout(name), length=50, tokens_per_step=400, tokens_per_gpu=100)
+    assert (case.rows, case.length, case.local_rows) == (8, 50, local)
+
+
+def test_rows_that_do_not_go_round_are_told() -> None:
+    def case(name: str, length: int) -> Case:
+        return strong("debug", "megalodon", parse_layout(name), length, 400, 100)
+
+    assert without_a_row_for_all(case("cp 8", 1000)) is None
+    assert without_a_row_for_all(case("fsdp 2", 1000)) == "1 rows do not go round 2 data parallel ranks of fsdp 2"
+    assert without_a_row_for_all(case("pp 4", 200)) == "2 rows are fewer than the 4 stages of pp 4"
+
+
+def row(layout: str, speed: float, scaling: str = "weak", **more: Any) -> dict[str, Any]:
+    found = {"scaling": scaling, "size": "debug", "model": "megalodon", "layout": layout, "tokens_per_s": speed}
+    found |= {"gpus": parse_layout(layout).gpus, "rows": 2, "length": 64, "tokens_per_gpu": 64}
+    return found | {"losses_and_norms": [[2.0, 1.0]]} | more
+
+
+def test_rows_are_compared_with_one_gpu_and_with_fsdp() -> None:
+    rows = [row("1", 100.0), row("fsdp 2", 190.0), row("cp 2", 180.0), row("cp 2", 1.0, tokens_per_gpu=128)]
+    compare(rows)
+    assert [r["efficiency"] for r in rows] == [1.0, 0.95, 0.9, 1.0]
+    assert [r.get("to_fsdp") for r in rows] == [None, 1.0, pytest.approx(180 / 190), None]
+    assert all("deviation" not in r for r in rows)  # other rows for other numbers of GPUs
+
+
+def test_strong_rows_are_held_to_the_losses_of_the_fewest_gpus() -> None:
+    failed = {name: value for name, value in row("1", 0.0, "strong").items() if name != "tokens_per_s"}
+    rows = [
+        failed | {"failed": "out of memory"},
+        row("cp 2", 150.0, "strong"),
+        row("cp 4", 240.0, "strong", losses_and_norms=[[2.002, 1.0]]),
+    ]
+    compare(rows)
+    assert (rows[2]["efficiency"], rows[2]["base_gpus"]) == (0.8, 2)
+    assert rows[2]["deviation"] == pytest.approx(1e-3)
+    assert "efficiency" not in rows[0]
+    assert "out of memory" in table(rows)
+
+
+def test_ranks_become_one_row() -> None:
+    first = {"seconds": 1.0, "tokens_per_s": 10.0, "peak_gib": 3.0, "losses_and_norms": [[-1.0, 0.5]]}
+    last = {"seconds": 2.0, "tokens_per_s": 5.0, "peak_gib": 2.0, "losses_and_norms": [[4.0, 0.5]]}
+    found = merged([first, last])
+    assert (found["tokens_per_s"], found["peak_gib"], found["losses_and_norms"]) == (5.0, 3.0, [[4.0, 0.5]])
+    ended = {"failed": "ended with status 1"}
+    assert merged([first, ended]) == ended
+    assert merged([ended, {"failed": "out of memory"}]) == {"failed": "out of memory"}
+
+
+def test_deviation_is_the_largest_and_missing_steps_are_infinitely_far() -> None:
+    assert deviation([[2.0, 1.1]], [[2.0, 1.0]]) == pytest.approx(0.1)
+    assert deviation([[2.0, 1.0]], [[2.0, 1.0], [1.0, 1.0]]) == deviation([], []) == float("inf")
+
+
+def test_exchanges_that_differ_from_the_formulas_are_told() -> None:
+    planned = {"cp": {"all-gather": [4.0, 64.0]}, "fsdp": {"all-gather": [2.0, 100.0]}}
+    padded = {"cp": {"all-gather": [4.0, 64.0]}, "fsdp": {"all-gather": [2.0, 108.0]}}
+    assert differences(padded, planned) == []
+    assert len(differences({"cp": {"all-gather": [4.0, 65.0]}, "fsdp": planned["fsdp"]}, planned)) == 1
+    assert len(differences({"cp": planned["cp"], "fsdp": {"all-gather": [3.0, 100.0]}}, planned)) == 1
+    assert len(differences({}, planned)) == 2
+    assert len(differences(planned, {})) == 2
+
+
+def kernel(name: str, begin: float, end: float, group: str | None = None) -> dict[str, Any]:
+    arguments = {} if group is None else {"Process Group Description": group}
+    return {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": end - begin, "args": arguments}
+
+
+def test_communication_is_what_nccl_runs_and_exposed_where_nothing_else_does() -> None:
+    events = [
+        kernel("gemm", 0, 40),
+        kernel("gemm", 30, 50),  # overlaps the one before: 0 to 50 is busy
+        kernel("ncclDevKernel_AllGather", 40, 60, "mesh_fsdp"),
+        kernel("ncclDevKernel_AllGather", 55, 70, "mesh_cp"),
+        kernel("norm", 65, 100),
+        {"ph": "X", "cat": "cpu_op", "name": "nccl:all_gather", "ts": 0, "dur": 500},
+        {"ph": "i", "name": "mark", "ts": 1000},
+    ]
+    found = communication(events)
+    assert (found["share"], found["exposed"]) == (0.30, 0.15)  # 40 to 70; 50 to 65
+    assert found["groups"]["mesh_fsdp"] == {"share": 0.2, "exposed": 0.1, "messages": 1}
+    assert found["groups"]["mesh_cp"] == {"share": 0.15, "exposed": 0.1, "messages": 1}
+    assert communication([]) == {"share": 0.0, "exposed": 0.0, "groups": {}}
+
+
+def small_job(name: str, rows: int = 8, **more: Any) -> Job:
+    layout = parse_layout(name)
+    how: dict[str, Any] = {"compiled": False, "low_precision": False, "layout": layout, "rows": rows}
+    return Job("megalodon", tuple(SMALL.items()), rows // layout.data, 128, **how | more)
+
+
+def test_orders_survive_their_file() -> None:
+    order = Order(small_job("fsdp 2 x cp 4"), 3, count=True)
+    assert Order.from_dict(json.loads(json.dumps(order.as_dict()))) == order
+
+
+def test_one_rank_alone_is_measured_and_its_links_simulated(tmp_path: Path) -> None:
+    job = small_job("fsdp 4 x cp 2", rows=4, alone=True)
+    (tmp_path / "order.json").write_text(json.dumps(Order(job, 3).as_dict()))
+    module = ["-m", "megalodon_plugin.cli.bench_parallel_rank", str(tmp_path / "order.json"), str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *module], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads((tmp_path / "0.json").read_text())
+    assert measured["tokens_per_s"] * measured["seconds"] == pytest.approx(4 * 128)  # of all eight ranks
+    case = Case("simulated", "debug", "megalodon", job.layout, 4, 128, 1)
+    found = simulated_row(case, job, measured, Links())
+    assert found["simulated"]
+    assert found["seconds"] == pytest.approx(measured["seconds"] + sum(found["exposed"].values()))
+    # 2 x 8 norms and 8 CEMAs forward and backward, and the final norm: two microseconds-long messages of 1 doubling.
+    assert found["exposed"]["cp"] == pytest.approx((2 * 8 * 2 + 2) * 10e-6, rel=0.01)
+    assert 0 < found["exposed"]["fsdp"] < found["exchanged"]["fsdp"]
+
+
+def test_simulated_cases_begin_with_one_gpu_and_say_so() -> None:
+    cases = simulated_cases(["debug"], [8, 256], 1024)
+    assert [name_of(case.layout) for case in cases][:3] == ["1", "fsdp 8", "cp 8"]
+    assert {case.scaling for case in cases} == {"simulated"}
+    assert {case.tokens // case.layout.gpus for case in cases} == {1024}
+
+
+def command(out: Path, *options: str) -> list[str]:
+    return ["bench", "parallel", "--sizes", "debug", "--eager", "--out", str(out), "--commit", "abc", *options]
+
+
+def test_the_command_checks_layouts_against_one_process_and_the_formulas(tmp_path: Path) -> None:
+    code = "from megalodon_plugin.cli.main import main; main()"
+    options = command(tmp_path, "--gpus", "2", "--layouts", "cp 2", "--scaling", "none")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    results = json.loads((tmp_path / "parallel.json").read_text())
+    assert (results["backend"], results["commit"], results["dtype"]) == ("gloo", "abc", "float32")
+    alone, shared = results["checks"]
+    assert (alone["layout"], alone["exchanges"]) == ("1", {"0": {}})
+    assert 0 < shared["deviation"] < 1e-5
+    assert shared["differences"] == []
+    # Eight layers of a norm and a CEMA, and the final norm, each forward and backward.
+    assert shared["exchanges"]["1"]["cp"]["all-gather"][0] == 2 * (8 * 2 + 1)
+    assert (tmp_path / "parallel.png").stat().st_size > 1000
+
+
+class FewRanks(ParallelBench):
+    """Runs nothing: layouts of chunk parallelism are wrong, and what is timed is remembered."""
+
+    timed: list[str]
+
+    def _run(self, order: Order, processes: int) -> list[dict[str, Any]]:
+        name = name_of(order.job.layout)
+        if not order.count:
+            self.timed.append(name)
+            return [{"seconds": 1.0, "tokens_per_s": 1.0, "losses_and_norms": [[2.0, 1.0]]}] * processes
+        found = {"losses_and_norms": [[2.1 if "cp" in name else 2.0, 1.0]], "exchanges": {}, "differences": []}
+        extra = ["pp send: 3 messages, 8 bytes, but by the formulas 2, 8"] if "pp" in name else []
+        return [found, *[found | {"differences": extra}] * (processes - 1)]
+
+
+def test_a_layout_that_fails_its_check_is_told_and_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FewRanks, "timed", [], raising=False)
+    monkeypatch.setattr("megalodon_plugin.cli.bench_parallel.ParallelBench", FewRanks)
+    layouts = ["--layouts", "cp 2", "tp 2", "pp 2", "--scaling", "weak"]
+    with pytest.raises(SystemExit) as ended:
+        main(command(tmp_path, "--gpus", "2", *layouts))
+    assert ended.value.code == 1
+    assert FewRanks.timed == ["1", "tp 2"]
+    told = capsys.readouterr().out
+    assert "FAILED: losses or gradient norms are off by 5.0e-02" in told
+    assert "FAILED: rank 1: pp send: 3 messages" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "0"], "`--gpus` must be positive"),
+        (["--steps", "2"], "`--steps` must be at least 3"),
+        (["--lengths", "64", "0"], "`--lengths` must be positive"),
+        (["--network-gb-s", "0"], "`--network-gb-s` must be positive"),
+        (["--layouts", "ring 2"], "a layout must be degrees of"),
+        (["--layouts", "cp 4"], "`--layouts` must fit 2 GPUs, but 'cp 4' takes 4"),
+        (["--against", "llama"], "`--against llama` needs GPUs"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(options: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(command(tmp_path / "out", *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_fails_or_hangs_is_told_in_a_line(tmp_path: Path) -> None:
+    raises = [sys.executable, "-c", "raise ValueError('no such thing')"]
+    assert _start(raises, tmp_path / "log", 60) == "ValueError: no such thing"
+    assert _start([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 60) == "ended with status 3"
+    assert _start([sys.executable, "-c", "while True: pass"], tmp_path / "log", 0.5) == "not done after 0.5 s"
+
+
+def test_pictures_show_rows_that_ran_and_lines_say_what_checks_found(tmp_path: Path) -> None:
+    rows = [row("1", 100.0), row("cp 2", 180.0), row("1", 100.0, "strong"), row("cp 2", 150.0, "strong")]
+    rows.append(row("fsdp 8", 700.0, "simulated", work_seconds=0.1))
+    rows.append({**row("tp 2", 0.0), "failed": "out of memory"})
+    compare([r for r in rows if "failed" not in r])
+    draw({"rows": rows, "device": "GPU", "torch": "2", "dtype": "bfloat16"}, tmp_path / "parallel.png")
+    assert (tmp_path / "parallel.png").stat().st_size > 1000
+    line = check_line(
+        {"layout": "cp 2", "gpus": 2, "deviation": 1e-7, "exchanges": {"0": {"cp": {"x": [3.0, 4096.0]}}}}
+    )
+    assert "3 messages, 4,096 bytes" in line
