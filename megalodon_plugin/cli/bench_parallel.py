@@ -8,7 +8,7 @@ Three parts, each optional, in this order:
 3. Simulation. One process computes one rank's part of a layout of 8, 64 or 256 GPUs, with the host's fake backend in
    place of the others; published link speeds give the rest. Such rows say "simulated".
 
-Every case runs in processes of its own, so that one that fails takes nothing along.
+What is checked or timed runs in processes of its own, so that one that fails takes nothing along.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from .bench_parallel_cases import (
     weak,
     without_a_row_for_all,
 )
-from .bench_parallel_rank import Order
+from .bench_parallel_rank import Order, run_order
 from .bench_parallel_report import check_line, draw, table
 from .bench_parallel_rows import Row, compare, deviation, logged, merged
 from .bench_parallel_simulate import simulated_row
@@ -63,6 +63,8 @@ SMALL = {
 }
 """The model of the checks, which 8 ranks of any dimension can share."""
 SMALL_ROWS, SMALL_LENGTH = 8, 128
+ALLOCATOR = "expandable_segments:True"
+"""As the host's start script sets it."""
 TOLERANCE = 1e-5
 """Of losses and gradient norms in float32."""
 
@@ -210,13 +212,15 @@ class ParallelBench:
         return merged(self._run(order, case.layout.gpus))
 
     def simulate(self) -> None:
-        """One process after the other computes rank 0's part of large layouts."""
+        """This process computes rank 0's part of large layouts, one after the other."""
         known = self.known
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
         links = Links(8, known.node_gb_s, known.network_gb_s, known.latency_us)
         for tokens in known.tokens_per_gpu:
             for case in simulated_cases(known.sizes, known.simulate, tokens):
                 job = replace(self._job(case), alone=True, same_weights=False)
-                measured = merged(self._run(Order(job, known.steps), 1))
+                measured = run_order(Order(job, known.steps))
+                self.results["device"] = measured.pop("device", self.results["device"])
                 if "seconds" in measured:
                     measured = simulated_row(case, job, measured, links)
                 self._add(case, measured)
@@ -265,7 +269,7 @@ class ParallelBench:
 
 def _start(command: list[str], log: Path, timeout: float) -> str:
     """Run the command; in a few words what went wrong, if something did."""
-    variables = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TOKENIZERS_PARALLELISM": "false"}
+    variables = {"PYTORCH_ALLOC_CONF": ALLOCATOR, "TOKENIZERS_PARALLELISM": "false"}
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
     with (
         log.open("w") as output,

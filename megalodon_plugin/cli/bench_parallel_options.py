@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megalodon_plugin.parallel.traffic import Links
 
-SIZES = ("7B-width", "1.3B", "200M", "debug")
+SIZES = ("7B", "7B-width", "1.3B", "200M", "debug")
 
 
 def add_parallel(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

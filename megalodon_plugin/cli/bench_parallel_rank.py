@@ -56,6 +56,10 @@ def run_order(order: Order) -> dict[str, Any]:
             found["communication"] = trace_step(trainer)
         return found
 
+    logging.getLogger().setLevel(logging.WARNING)
+    if order.job.alone:
+        ranks = str(order.job.layout.gpus)
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks, "NGPU": ranks}
     row = run_job(order.job, order.steps, look)
     return row | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
@@ -73,9 +77,6 @@ def _count(trainer: TimedTrainer, layout: Layout) -> dict[str, Any]:
 def main() -> None:
     order = Order.from_dict(json.loads(Path(sys.argv[1]).read_text()))
     folder, rank = Path(sys.argv[2]), os.environ["RANK"]
-    logging.getLogger().setLevel(logging.WARNING)
-    if order.job.alone:
-        os.environ |= {name: str(order.job.layout.gpus) for name in ("WORLD_SIZE", "NGPU")}
     row = run_order(order)
     unfinished = folder / f"{rank}.unfinished"
     unfinished.write_text(json.dumps(row))

@@ -24,6 +24,7 @@ from .bench_train_report import draw, table
 
 # (options of [megalodon], sizes of the host's Llama with as many parameters)
 SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "7B": ({"flavor": "paper_7B"}, {"dim": 4096, "n_layers": 32, "n_heads": 32}),
     "7B-width": ({"flavor": "paper_7B", "n_layers": 4}, {"dim": 4096, "n_layers": 4, "n_heads": 32}),
     "1.3B": ({"flavor": "released_1.3B"}, {"dim": 2048, "n_layers": 24, "n_heads": 16}),
     "200M": ({"flavor": "released_200M"}, {"dim": 1024, "n_layers": 12, "n_heads": 8}),
