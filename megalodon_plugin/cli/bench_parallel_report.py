@@ -57,7 +57,9 @@ def draw(results: dict[str, Any], picture: Path) -> None:
         "simulated": "simulated: a rank's work measured, links as published",
     }
     columns = present or ["weak"]
-    figure, axes = plt.subplots(1, len(columns), figsize=(6.5 * len(columns), 5.2), squeeze=False)
+    bars = sum(row["scaling"] == "simulated" for row in rows)
+    size = (6.5 * len(columns) + (3 if bars else 0), max(5.2, 1.5 + 0.34 * bars))
+    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False)
     for kind, axis in zip(columns, axes[0], strict=True):
         axis.set_title(titles[kind], fontsize=10)
         chosen = [row for row in rows if row["scaling"] == kind]
@@ -101,12 +103,15 @@ def _lines(axis: Any, rows: list[Row], number: str) -> None:
 
 
 def _bars(axis: Any, rows: list[Row]) -> None:
-    """A bar of tokens a second and GPU for each layout; its pale part is what exchanges take away."""
-    labels = [f"{row['size']} {row['layout']}" for row in rows]
-    speeds = [row["tokens_per_s"] / row["gpus"] for row in rows]
-    work = [row["rows"] * row["length"] / row["work_seconds"] / row["gpus"] for row in rows]
-    axis.barh(labels, work, color="tab:blue", alpha=0.3, label="a rank's work alone")
-    axis.barh(labels, speeds, color="tab:blue", label="with what exchanges do not hide")
+    """A bar of each layout's efficiency; its pale part is what exchanges take away."""
+    labels = [f"{row['size']}, {row['tokens_per_gpu']} a GPU: {row['layout']}" for row in rows]
+    efficiencies = [row["efficiency"] for row in rows]
+    alone = [row["efficiency"] * row["seconds"] / row["work_seconds"] for row in rows]
+    axis.barh(labels, alone, color="tab:blue", alpha=0.3, label="a rank's work alone")
+    axis.barh(labels, efficiencies, color="tab:blue", label="with what exchanges do not hide")
+    for label, efficiency, row in zip(labels, efficiencies, rows, strict=True):
+        axis.text(0.02, label, f"{row['tokens_per_s'] / row['gpus']:,.0f} tokens/s a GPU", va="center", color="white")
+        axis.text(1.06, label, f"{efficiency:.2f}", va="center")
     axis.invert_yaxis()
-    axis.set(xlabel="tokens/s a GPU")
-    axis.legend(fontsize=7, loc="lower left")
+    axis.set(xlabel="tokens/s a GPU over those of the fewest GPUs that hold the model", xlim=(0, 1.15))
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2)

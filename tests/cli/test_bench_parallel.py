@@ -283,7 +283,7 @@ def test_a_process_that_fails_or_hangs_is_told_in_a_line(tmp_path: Path) -> None
 
 def test_pictures_show_rows_that_ran_and_lines_say_what_checks_found(tmp_path: Path) -> None:
     rows = [row("1", 100.0), row("cp 2", 180.0), row("1", 100.0, "strong"), row("cp 2", 150.0, "strong")]
-    rows.append(row("fsdp 8", 700.0, "simulated", work_seconds=0.1))
+    rows.append(row("fsdp 8", 700.0, "simulated", seconds=0.11, work_seconds=0.1))
     rows.append({**row("tp 2", 0.0), "failed": "out of memory"})
     compare([r for r in rows if "failed" not in r])
     draw({"rows": rows, "device": "GPU", "torch": "2", "dtype": "bfloat16"}, tmp_path / "parallel.png")
