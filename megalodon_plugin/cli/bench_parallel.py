@@ -8,20 +8,15 @@ Three parts, each optional, in this order:
 3. Simulation. One process computes one rank's part of a layout of 8, 64 or 256 GPUs, with the host's fake backend in
    place of the others; published link speeds give the rest. Such rows say "simulated".
 
-What is checked or timed runs in processes of its own, so that one that fails takes nothing along.
+What is checked or timed runs in processes of its own, which what comes after one that failed does not share.
 """
 
 import argparse
 import datetime
 import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,14 +32,15 @@ from .bench_parallel_cases import (
     default_layouts,
     name_of,
     parse_layout,
+    reason_against,
     simulated_cases,
     strong,
     weak,
-    without_a_row_for_all,
 )
+from .bench_parallel_launch import ALLOCATOR, run_orders
 from .bench_parallel_rank import Order, run_order
 from .bench_parallel_report import check_line, draw, table
-from .bench_parallel_rows import Row, compare, deviation, logged, merged
+from .bench_parallel_rows import Row, compare, held_against, logged, merged, work
 from .bench_parallel_simulate import simulated_row
 from .bench_train import SIZES
 from .bench_train_job import Job
@@ -63,8 +59,6 @@ SMALL = {
 }
 """The model of the checks, which 8 ranks of any dimension can share."""
 SMALL_ROWS, SMALL_LENGTH = 8, 128
-ALLOCATOR = "expandable_segments:True"
-"""As the host's start script sets it."""
 TOLERANCE = 1e-5
 """Of losses and gradient norms in float32."""
 
@@ -110,7 +104,16 @@ def run_bench_parallel(known: argparse.Namespace) -> int:
 
 def _checked_layouts(known: argparse.Namespace, gpus: int, on_gpu: bool) -> list[Layout]:
     """The layouts to run, one GPU first, which the others are compared with."""
-    for name in ("gpus", "tokens_per_gpu", "tokens_per_step", "lengths", "timeout", "node_gb_s", "network_gb_s"):
+    for name in (
+        "gpus",
+        "tokens_per_gpu",
+        "tokens_per_step",
+        "lengths",
+        "seconds",
+        "timeout",
+        "node_gb_s",
+        "network_gb_s",
+    ):
         value = getattr(known, name)
         if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
             raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {value}")
@@ -135,81 +138,67 @@ class ParallelBench:
 
     def write(self) -> None:
         """Efficiencies of the rows so far, and all of it into parallel.json."""
+        self.results["rows"].sort(key=work)
         compare(self.results["rows"])
         unfinished = self.known.out / "parallel.json.unfinished"
         unfinished.write_text(json.dumps(self.results, indent=1) + "\n")
         unfinished.replace(self.known.out / "parallel.json")
 
-    def check(self, layouts: Iterable[Layout]) -> set[str]:
+    def check(self, layouts: Sequence[Layout]) -> set[str]:
         """Names of the layouts that failed."""
         alone: list[list[float]] | None = None
         failed = set()
-        for layout in layouts:
-            job = Job(
-                "megalodon",
-                tuple(SMALL.items()),
-                batch=SMALL_ROWS // layout.data,
-                length=SMALL_LENGTH,
-                compiled=False,
-                low_precision=False,
-                layout=layout,
-                rows=SMALL_ROWS,
-                same_weights=True,
-            )
-            ranks = self._run(Order(job, steps=3, count=True), layout.gpus)
-            row: Row = {"layout": name_of(layout), "gpus": layout.gpus}
-            reasons = {rank["failed"] for rank in ranks if "failed" in rank}
-            if reasons:
-                row["failed"] = ", ".join(sorted(reasons))
-            else:
-                found = logged(ranks)
-                alone = found if alone is None else alone
-                row["deviation"] = deviation(found, alone)
-                row["differences"] = [f"rank {n}: {text}" for n, r in enumerate(ranks) for text in r["differences"]]
-                row["exchanges"] = {str(n): rank["exchanges"] for n, rank in enumerate(ranks)}
-                if row["deviation"] > TOLERANCE:
-                    row["failed"] = f"losses or gradient norms are off by {row['deviation']:.1e}"
-                elif row["differences"]:
-                    row["failed"] = "; ".join(row["differences"])
-            if "failed" in row:
-                failed.add(row["layout"])
-            self.results["checks"].append(row)
-            print(check_line(row), flush=True)
-            self.write()
+        for gpus in sorted({layout.gpus for layout in layouts}):
+            alike = [layout for layout in layouts if layout.gpus == gpus]
+            orders = [Order(_small_job(layout), steps=3, count=True) for layout in alike]
+            for layout, ranks in zip(alike, run_orders(orders, self.known.timeout), strict=True):
+                row: Row = {"layout": name_of(layout), "gpus": gpus}
+                reasons = {rank["failed"] for rank in ranks if "failed" in rank}
+                if reasons:
+                    row["failed"] = ", ".join(sorted(reasons))
+                else:
+                    alone = logged(ranks) if alone is None else alone
+                    row |= held_against(ranks, alone, TOLERANCE)
+                if "failed" in row:
+                    failed.add(row["layout"])
+                self.results["checks"].append(row)
+                print(check_line(row), flush=True)
+                self.write()
         return failed
 
-    def time(self, layouts: list[Layout]) -> None:
-        """Weak scaling for each number of tokens a GPU, strong scaling for each length."""
+    def time(self, layouts: Sequence[Layout]) -> None:
+        """Weak scaling for each number of tokens a GPU, strong scaling for each length.
+
+        All cases of a layout come one after the other, in the same processes.
+        """
+        for model in ("megalodon", "llama") if self.known.against else ("megalodon",):
+            for layout in layouts:
+                timed: list[Case] = []
+                for case in self._cases(model, layout):
+                    reason = reason_against(case, mixed_precision=self.on_gpu)
+                    if reason is None:
+                        timed.append(case)
+                    else:
+                        self._add(case, {"failed": reason})
+                orders = [self._order(case) for case in timed]
+                for case, ranks in zip(timed, run_orders(orders, self.known.timeout), strict=True):
+                    self._know_device(ranks[0])
+                    self._add(case, merged(ranks))
+
+    def _cases(self, model: str, layout: Layout) -> Iterator[Case]:
         known = self.known
         for size in known.sizes:
-            for model in ("megalodon", "llama") if known.against else ("megalodon",):
-                cases = []
-                if "weak" in known.scaling:
-                    cases += [weak(size, model, layout, n) for n in known.tokens_per_gpu for layout in layouts]
-                if "strong" in known.scaling:
-                    most = max(known.tokens_per_gpu)
-                    cases += [
-                        strong(size, model, layout, length, known.tokens_per_step, most)
-                        for length in known.lengths
-                        for layout in layouts
-                    ]
-                for case in cases:
-                    self._add(case, self._time_one(case))
+            if "weak" in known.scaling:
+                for tokens in known.tokens_per_gpu:
+                    yield weak(size, model, layout, tokens)
+            if "strong" in known.scaling:
+                for length in known.lengths:
+                    yield strong(size, model, layout, length, known.tokens_per_step, max(known.tokens_per_gpu))
 
-    def _time_one(self, case: Case) -> Row:
-        reason = without_a_row_for_all(case)
-        if reason is not None:
-            return {"failed": reason}
-        before = [row for row in self.results["rows"] if row["layout"] == "1" and "seconds" in row]
-        alike = [row for row in before if (row["size"], row["model"]) == (case.size, case.model)]
-        if case.layout.gpus == 1 and alike:
-            last = alike[-1]
-            growth = case.tokens / (last["rows"] * last["length"])
-            growth *= case.length / last["length"] if case.model == "llama" else 1
-            if last["seconds"] * growth > self.known.longest_step:
-                return {"failed": f"a step might take more than {self.known.longest_step} s"}
-        order = Order(self._job(case), self.known.steps, trace=self.on_gpu and case.layout.gpus > 1)
-        return merged(self._run(order, case.layout.gpus))
+    def _order(self, case: Case) -> Order:
+        known = self.known
+        trace = self.on_gpu and case.layout.gpus > 1
+        return Order(self._job(case), known.steps, trace=trace, enough=known.seconds, longest_step=known.longest_step)
 
     def simulate(self) -> None:
         """This process computes rank 0's part of large layouts, one after the other."""
@@ -219,8 +208,8 @@ class ParallelBench:
         for tokens in known.tokens_per_gpu:
             for case in simulated_cases(known.sizes, known.simulate, tokens):
                 job = replace(self._job(case), alone=True, same_weights=False)
-                measured = run_order(Order(job, known.steps))
-                self.results["device"] = measured.pop("device", self.results["device"])
+                measured = run_order(Order(job, known.steps, enough=known.seconds))
+                self._know_device(measured)
                 if "seconds" in measured:
                     measured = simulated_row(case, job, measured, links)
                 self._add(case, measured)
@@ -250,44 +239,24 @@ class ParallelBench:
             "length": case.length,
             "tokens_per_gpu": case.tokens // case.layout.gpus,
         }
-        self.results["rows"].append(row | measured)
+        row |= measured
+        self.results["rows"].append(row)
         self.write()
-        print(table([self.results["rows"][-1]], header=len(self.results["rows"]) == 1), flush=True)
+        print(table([row], header=len(self.results["rows"]) == 1), flush=True)
 
-    def _run(self, order: Order, processes: int) -> list[Row]:
-        """What each rank found; {"failed": why} where it found nothing."""
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "order.json").write_text(json.dumps(order.as_dict()))
-            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            rank = ["-m", "megalodon_plugin.cli.bench_parallel_rank", str(folder / "order.json"), name]
-            reason = _start([sys.executable, *torchrun, *rank], folder / "log.txt", self.known.timeout)
-            ranks = [_read(folder / f"{rank}.json", reason) for rank in range(processes)]
-        self.results["device"] = next((rank["device"] for rank in ranks if "device" in rank), self.results["device"])
-        return ranks
+    def _know_device(self, row: Row) -> None:
+        self.results["device"] = row.pop("device", self.results["device"])
 
 
-def _start(command: list[str], log: Path, timeout: float) -> str:
-    """Run the command; in a few words what went wrong, if something did."""
-    variables = {"PYTORCH_ALLOC_CONF": ALLOCATOR, "TOKENIZERS_PARALLELISM": "false"}
-    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            command, env=variables | dict(os.environ) | threads, stdout=output, stderr=output, start_new_session=True
-        ) as process,
-    ):
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return f"not done after {timeout:g} s"
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    errors = [line for line in log.read_text(errors="replace").splitlines() if "Error: " in line]
-    return errors[0].strip()[-200:] if errors else f"ended with status {process.returncode}"
-
-
-def _read(path: Path, reason: str) -> Row:
-    return json.loads(path.read_text()) if path.is_file() else {"failed": reason}
+def _small_job(layout: Layout) -> Job:
+    return Job(
+        "megalodon",
+        tuple(SMALL.items()),
+        batch=SMALL_ROWS // layout.data,
+        length=SMALL_LENGTH,
+        compiled=False,
+        low_precision=False,
+        layout=layout,
+        rows=SMALL_ROWS,
+        same_weights=True,
+    )

@@ -25,6 +25,7 @@ MIXED = {
 }
 """GPUs -> layouts of more than one dimension that are run if none are named."""
 SIMULATED = {
+    2: ("fsdp 2", "cp 2"),
     8: ("fsdp 8", "cp 8"),
     64: ("fsdp 64", "fsdp 8 x cp 8", "cp 64"),
     256: ("fsdp 256", "fsdp 32 x cp 8", "fsdp 4 x cp 64"),
@@ -105,9 +106,11 @@ def strong(size: str, model: str, layout: Layout, length: int, tokens_per_step: 
     return Case("strong", size, model, layout, rows, length, local)
 
 
-def without_a_row_for_all(case: Case) -> str | None:
-    """Why the rows of a step do not go round under this layout; None if they do."""
+def reason_against(case: Case, mixed_precision: bool) -> str | None:
+    """Why the case is not timed: rows do not go round, or the host runs the layout in float32. None if it is."""
     layout, name = case.layout, name_of(case.layout)
+    if mixed_precision and case.model == "llama" and layout.gpus > 1 and not layout.has_fsdp:
+        return f"the host runs Llama under {name} in float32, without FSDP"
     if case.rows % (layout.data * case.local_rows):
         return f"{case.rows} rows do not go round {layout.data} data parallel ranks of {name}"
     if layout.pp > 1 and case.local_rows < layout.pp:

@@ -1,13 +1,15 @@
-"""One rank of `megalodon bench parallel`: trains one job and writes what it found.
+"""One rank of `megalodon bench parallel`: trains one job after the other and writes what it found.
 
-    python -m torch.distributed.run ... -m megalodon_plugin.cli.bench_parallel_rank ORDER FOLDER
+    python -m torch.distributed.run ... -m megalodon_plugin.cli.bench_parallel_rank ORDERS FOLDER
 
-ORDER is a JSON file, an `Order`; rank R writes FOLDER/R.json.
+ORDERS is a JSON file: "orders", each an `Order`, and as many free "ports". Of the N-th order, from 0, rank R writes
+FOLDER/N.R.json.
 """
 
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -33,6 +35,10 @@ class Order:
     """Messages and bytes of one more step, which must not be compiled."""
     trace: bool = False
     """The share of communication in one more step."""
+    enough: float | None = None
+    """Seconds of counted steps after which no more are made."""
+    longest_step: float | None = None
+    """Seconds; a job whose steps take longer is given up."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -60,7 +66,7 @@ def run_order(order: Order) -> dict[str, Any]:
     if order.job.alone:
         ranks = str(order.job.layout.gpus)
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks, "NGPU": ranks}
-    row = run_job(order.job, order.steps, look)
+    row = run_job(order.job, order.steps, look, order.enough or math.inf, order.longest_step or math.inf)
     return row | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
@@ -75,14 +81,20 @@ def _count(trainer: TimedTrainer, layout: Layout) -> dict[str, Any]:
 
 
 def main() -> None:
-    order = Order.from_dict(json.loads(Path(sys.argv[1]).read_text()))
+    asked = json.loads(Path(sys.argv[1]).read_text())
     folder, rank = Path(sys.argv[2]), os.environ["RANK"]
-    row = run_order(order)
-    unfinished = folder / f"{rank}.unfinished"
-    unfinished.write_text(json.dumps(row))
-    unfinished.replace(folder / f"{rank}.json")
-    if "failed" in row:
-        os._exit(1)  # the other ranks wait for this one, as long as a collective may take, unless it is seen to fail
+    # The store that torchrun offers still holds the addresses that an earlier order's ranks left there.
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_ADDR": "127.0.0.1"}
+    for number, (order, port) in enumerate(zip(asked["orders"], asked["ports"], strict=True)):
+        os.environ["MASTER_PORT"] = str(port)
+        row = run_order(Order.from_dict(order))
+        unfinished = folder / f"{number}.{rank}.unfinished"
+        unfinished.write_text(json.dumps(row))
+        unfinished.replace(folder / f"{number}.{rank}.json")
+        if "failed" in row:
+            os._exit(
+                1
+            )  # the other ranks wait for this one, as long as a collective may take, unless it is seen to fail
 
 
 if __name__ == "__main__":

@@ -36,6 +36,18 @@ def deviation(found: Sequence[Sequence[float]], expected: Sequence[Sequence[floa
     return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
+def held_against(ranks: list[Row], alone: list[list[float]], tolerance: float) -> Row:
+    """A check's row: how far losses and gradient norms are from `alone`'s, and exchanges from the formulas'."""
+    row: Row = {"deviation": deviation(logged(ranks), alone)}
+    row["differences"] = [f"rank {n}: {text}" for n, rank in enumerate(ranks) for text in rank["differences"]]
+    row["exchanges"] = {str(n): rank["exchanges"] for n, rank in enumerate(ranks)}
+    if not row["deviation"] <= tolerance:
+        row["failed"] = f"losses or gradient norms are off by {row['deviation']:.1e}"
+    elif row["differences"]:
+        row["failed"] = "; ".join(row["differences"])
+    return row
+
+
 def compare(rows: Iterable[Row]) -> None:
     """Put into each measured row what it comes to beside others of the same model and work.
 
@@ -46,7 +58,7 @@ def compare(rows: Iterable[Row]) -> None:
     """
     measured = [row for row in rows if "tokens_per_s" in row]
     for row in measured:
-        alike = [other for other in measured if _work(other) == _work(row)]
+        alike = [other for other in measured if work(other) == work(row)]
         base = min(alike, key=lambda other: (other["gpus"], -_of_gpu(other)))
         row["efficiency"], row["base_gpus"] = _of_gpu(row) / _of_gpu(base), base["gpus"]
         fsdp = [other for other in alike if other["layout"] == f"fsdp {row['gpus']}"]
@@ -60,6 +72,7 @@ def _of_gpu(row: Row) -> float:
     return row["tokens_per_s"] / row["gpus"]
 
 
-def _work(row: Row) -> tuple[Any, ...]:
+def work(row: Row) -> tuple[Any, ...]:
+    """What rows must have in common to be compared, in the order of tables."""
     amount = (row["length"], row["rows"]) if row["scaling"] == "strong" else (row["tokens_per_gpu"],)
     return (row["scaling"], row["size"], row["model"], *amount)

@@ -9,7 +9,6 @@ import datetime
 import json
 import logging
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from megalodon_plugin import __version__
 
 from .bench_ops import commit_of_this_code
-from .bench_train_job import Job, run_job
+from .bench_train_job import Job, free_ports, run_job
 from .bench_train_profile import print_shares, shares
 from .bench_train_report import draw, table
 
@@ -99,9 +98,7 @@ def _profile(trainer: Any) -> dict[str, Any]:
 def _one_process() -> None:
     """What torchrun and the host's start script would set."""
     logging.getLogger().setLevel(logging.WARNING)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
         os.environ[name] = str(value)
     os.environ["MASTER_ADDR"] = "127.0.0.1"

@@ -5,12 +5,14 @@ weights, so that losses can be compared with one rank's.
 """
 
 import gc
+import math
+import socket
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,6 +35,8 @@ from megalodon_plugin.titan.trainer import MegalodonTrainer
 from .bench_parallel_cases import ONE, degrees_of
 
 VOCABULARY = 32000
+LEAST_STEPS = 3
+"""That are counted, however long they take."""
 SPECS = {"llama": "llama3", "megalodon": "megalodon"}
 
 
@@ -121,11 +125,29 @@ class Job:
         return [*flags, *(part for name, value in found.items() for part in (f"--{name}", str(value)))]
 
 
-class TimedTrainer(MegalodonTrainer):
-    """Keeps each step's seconds; after two steps, which compile and are logged, memory is counted anew."""
+class TooSlow(Exception):
+    """A step took longer than it may."""
 
-    def __init__(self, job_config: Any, same_weights: bool = False, alone: bool = False):
+
+class TimedTrainer(MegalodonTrainer):
+    """Keeps each step's seconds; after two steps, which compile and are logged, memory is counted anew.
+
+    Ends early once counted steps have taken `enough` seconds together.
+
+    Raises:
+        TooSlow: the first counted step took more than `longest_step` seconds.
+    """
+
+    def __init__(
+        self,
+        job_config: Any,
+        same_weights: bool = False,
+        alone: bool = False,
+        enough: float = math.inf,
+        longest_step: float = math.inf,
+    ):
         super().__init__(job_config)
+        self.enough, self.longest_step = enough, longest_step
         self.seconds: list[float] = []
         self.losses_and_norms: list[tuple[float, float]] = []
         """Of the logged steps, over all ranks."""
@@ -164,18 +186,38 @@ class TimedTrainer(MegalodonTrainer):
         super().train_step(data_iterator)
         self._wait()
         self.seconds.append(time.perf_counter() - start)
+        self._end_if_long_enough()
+
+    def _end_if_long_enough(self) -> None:
+        counted = self.seconds[2:]
+        if not counted:
+            return
+        so_far = torch.tensor(sum(counted), device=self.device)
+        torch.distributed.all_reduce(so_far, torch.distributed.ReduceOp.MAX)  # all ranks end after the same step
+        if len(counted) == 1 and so_far > self.longest_step:
+            raise TooSlow(f"a step takes more than {self.longest_step:g} s")
+        if len(counted) >= LEAST_STEPS and so_far > self.enough:
+            self.job_config.training.steps = self.step
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def run_job(job: Job, steps: int, after: Callable[[TimedTrainer], dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Train `steps` steps, of which the first two are not counted. `after` may look at the trainer and add to the row.
+def run_job(
+    job: Job,
+    steps: int,
+    after: Callable[[TimedTrainer], dict[str, Any]] | None = None,
+    enough: float = math.inf,
+    longest_step: float = math.inf,
+) -> dict[str, Any]:
+    """Train at most `steps` steps, of which the first two are not counted; fewer if counted ones take `enough` seconds.
+
+    `after` may look at the trainer and add to the row.
 
     Returns:
         tokens_per_s (median step), peak memory in GiB, model GFLOPs a token; "failed" in their place where the memory
-        was not enough.
+        was not enough or a step takes more than `longest_step` seconds.
     """
     torch._dynamo.reset()
     row: dict[str, Any] = {"model": job.model, "batch": job.batch, "length": job.length}
@@ -183,12 +225,16 @@ def run_job(job: Job, steps: int, after: Callable[[TimedTrainer], dict[str, Any]
     trainer = None
     try:
         with tempfile.TemporaryDirectory() as folder, _spec_of(job):
-            trainer = TimedTrainer(read_job(job.arguments(steps, folder)), job.same_weights, job.alone)
+            trainer = TimedTrainer(
+                read_job(job.arguments(steps, folder)), job.same_weights, job.alone, enough, longest_step
+            )
             trainer.train()
             row |= _numbers(trainer, job)
             return row if after is None else row | after(trainer)
     except torch.OutOfMemoryError:
         return row | {"failed": "out of memory"}
+    except TooSlow as error:
+        return row | {"failed": str(error)}
     finally:
         if trainer is not None:
             trainer.close()
@@ -229,6 +275,15 @@ def _flops(args: Any, model: torch.nn.Module, job: Job) -> float:
         return args.get_nparams_and_flops(model, job.length)[1]
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     return 6 * matrices + 6 * args.n_layers * args.dim * (job.length + 1)
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from megalodon_plugin.parallel.estimate import (
     Parameter,
     Stage,
     Work,
-    activation_bytes,
     parameters_of,
     rank_memory,
 )
@@ -69,11 +68,6 @@ class Candidate:
     def lost(self) -> float:
         """Share of the step that is not computation."""
         return 1 - self.seconds["compute"] / sum(self.seconds.values())
-
-    @property
-    def is_slow(self) -> bool:
-        """The host runs it in float32, though the job asks for a lower dtype."""
-        return activation_bytes(self.work, self.layout) > self.work.low_bytes
 
     def fits(self, gib: float) -> bool:
         return self.memory.total <= (1 - RESERVE) * gib * GIB
@@ -213,8 +207,7 @@ def candidates(job: Job, known: argparse.Namespace) -> tuple[list[Candidate], st
     """The layouts that the rules allow, best first, and the reasons why others are not.
 
     The best loses the least time. Estimates do not tell apart what differs by less than a percent of the step, so
-    there the one with fewer dimensions comes first, then the one that needs less memory. What the host runs in float32
-    comes last.
+    there the one with fewer dimensions comes first, then the one that needs less memory.
     """
     found: list[Candidate] = []
     reasons: dict[str, str] = {}
@@ -229,7 +222,6 @@ def candidates(job: Job, known: argparse.Namespace) -> tuple[list[Candidate], st
         found.append(estimate(job, layout, stages, links, known.tflops))
     found.sort(
         key=lambda c: (
-            c.is_slow,
             round(c.lost, 2),
             sum(degree > 1 for degree in dataclasses.astuple(c.layout)),
             c.memory.total,

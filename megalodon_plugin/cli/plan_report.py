@@ -27,10 +27,6 @@ def report(job: Job, found: list[Candidate], known: argparse.Namespace, override
     parts = [_head(job, found, fitting, known)]
     if fitting:
         parts.append(_table(fitting[: known.rows]))
-        if any(c.is_slow for c in fitting[: known.rows]):
-            parts.append(
-                "float32: what the host makes of tensor or pipeline parallelism without FSDP; far slower than shown"
-            )
         if len(fitting) > known.rows:
             parts.append(f"... and {len(fitting) - known.rows} more (--rows {len(fitting)})")
         parts += [_recommendation(fitting[0], known, overrides), _exchanges(fitting[0], known)]
@@ -116,7 +112,7 @@ def _head(job: Job, found: list[Candidate], fitting: list[Candidate], known: arg
 
 def _table(shown: list[Candidate]) -> str:
     heads = ["replicate", "shard", "cp", "tp", "pp", "state", "gathered", "saved", "at work", "total GiB"]
-    heads += ["fsdp", "tp", "cp", "pp", "sent GiB", "compute", "exchange", "idle s", "lost", ""]
+    heads += ["fsdp", "tp", "cp", "pp", "sent GiB", "compute", "exchange", "idle s", "lost"]
     rows = [heads]
     for c in shown:
         d, m = c.layout, c.memory
@@ -126,7 +122,7 @@ def _table(shown: list[Candidate]) -> str:
         sent = [_sent(c.exchanges, names) for names in (("fsdp", "replicate"), ("tp",), ("cp",), ("pp",))]
         row += [f"{size / GIB:.2f}" for size in (*sent, sum(sent))]
         row += [f"{seconds:.2f}" for seconds in c.seconds.values()]
-        rows.append([*row, f"{c.lost:.1%}", "float32" if c.is_slow else ""])
+        rows.append([*row, f"{c.lost:.1%}"])
     return _aligned(rows)
 
 

@@ -158,18 +158,13 @@ def parameters_on(parameters: Iterable[Parameter], stage: Stage) -> list[Paramet
     return kept
 
 
-def activation_bytes(work: Work, layout: Layout) -> int:
-    """Bytes of an activation: the host runs tensor and pipeline parallelism without FSDP in float32."""
-    return work.low_bytes if layout.has_fsdp or layout.gpus == 1 else FLOAT32
-
-
 def saved_by_layer(cfg: MegalodonConfig, work: Work, layout: Layout, checkpointing: str) -> int:
     """Bytes that autograd keeps of one layer's forward pass on one rank.
 
     `checkpointing`: "none": all that the layer's ops save. "full": its input. "op": its input and the results of the
     ops that selective checkpointing keeps (of matrix products without a bias the host keeps every second only).
     """
-    a, tp, tokens = activation_bytes(work, layout), layout.tp, work.rows * work.length // layout.cp
+    a, tp, tokens = work.low_bytes, layout.tp, work.rows * work.length // layout.cp
     d, v, z, f = (size // tp for size in (cfg.dim, cfg.value_dim, cfg.z_dim, cfg.ffn_dim))
     heads, statistics = cfg.n_heads // tp, 2 * FLOAT32 * cfg.norm_groups // tp
     state = work.rows * d * cfg.cema_ndim * 2 * FLOAT32  # CEMA's, of every row
@@ -231,12 +226,12 @@ def loss_bytes(cfg: MegalodonConfig, work: Work, layout: Layout) -> int:
     tokens = work.rows * work.length // layout.cp
     own = -(-cfg.n_outputs // layout.tp)
     number = own if work.loss_parallel else cfg.n_outputs
-    copies = 2 * activation_bytes(work, layout) if work.compiled_loss else 3 * FLOAT32
+    copies = 2 * work.low_bytes if work.compiled_loss else 3 * FLOAT32
     if work.loss_rows and layout.tp == layout.pp == 1:
         # The gradients of features and weight are there at once, the weight's as a float32 sum.
-        gradients = tokens * cfg.dim * activation_bytes(work, layout) + FLOAT32 * own * cfg.dim
+        gradients = tokens * cfg.dim * work.low_bytes + FLOAT32 * own * cfg.dim
         return min(tokens, work.loss_rows) * own * copies + gradients
-    gathered_from = own * activation_bytes(work, layout) if number != own else 0
+    gathered_from = own * work.low_bytes if number != own else 0
     return tokens * (number * copies + gathered_from)
 
 
@@ -246,7 +241,7 @@ def layer_backward_bytes(cfg: MegalodonConfig, work: Work, layout: Layout) -> in
     Those are taken to be three of the widest activation's size and one of the residual stream's. A compiled layer
     computes again what selection by op would keep, and for a while TimestepNorm, CEMA and the values.
     """
-    a, tokens = activation_bytes(work, layout), work.rows * work.length // layout.cp
+    a, tokens = work.low_bytes, work.rows * work.length // layout.cp
     mode = "full" if work.checkpointing.isdigit() else work.checkpointing
     if work.compiled and mode != "none":
         again = a * tokens * (2 * cfg.dim + cfg.value_dim) // layout.tp
@@ -267,9 +262,10 @@ def gathered_bytes(parameters: list[Parameter], work: Work, layout: Layout, resh
     """
     tp, low = layout.tp, work.low_bytes
     matrices = sum(p.numel(tp) for p in parameters if not p.is_small)
-    if not layout.has_fsdp:
-        # Autocast's copies on one device; nothing where the host runs in float32.
-        return matrices * low if layout.gpus == 1 and low < FLOAT32 else 0
+    if layout.gpus == 1:
+        return matrices * low if low < FLOAT32 else 0  # autocast's copies
+    if not layout.has_fsdp and low == FLOAT32:
+        return 0
     small = sum(p.numel(tp) for p in parameters if p.is_small)
     layer = sum(p.numel(tp) for p in parameters if not p.is_small and p.name.startswith("layers.0."))
     ends = [p.numel(tp) for p in parameters if not p.is_small and not p.name.startswith("layers.")]
@@ -287,7 +283,7 @@ def rank_memory(
     saved = stage.in_flight * saved_by_layers(cfg, work, layout, stage.layers)
     at_work = layer_backward_bytes(cfg, work, layout)
     if stage.last:
-        a, tokens = activation_bytes(work, layout), work.rows * work.length // layout.cp
+        a, tokens = work.low_bytes, work.rows * work.length // layout.cp
         # The final norm's input and its output, which the output layer reads: in one piece.
         saved += tokens * (a * (cfg.dim // layout.tp + cfg.dim) + 2 * FLOAT32 * cfg.norm_groups // layout.tp)
         at_work = max(at_work, loss_bytes(cfg, work, layout))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megalodon_plugin.model import MegalodonConfig
 
-from .estimate import FLOAT32, Layout, Parameter, Stage, Work, activation_bytes, parameters_on
+from .estimate import FLOAT32, Layout, Parameter, Stage, Work, parameters_on
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _fsdp(own: list[Parameter], work: Work, layout: Layout, stage: Stage, reshar
 
 
 def _tensor(cfg: MegalodonConfig, work: Work, layout: Layout, stage: Stage) -> list[Exchange]:
-    tp, a = layout.tp, activation_bytes(work, layout)
+    tp, a = layout.tp, work.low_bytes
     tokens = work.rows * work.length // layout.cp
     passes, part = work.microbatches * work.accumulation, a * tokens * cfg.dim // tp
     again = _again(work)
@@ -172,7 +172,7 @@ def _chunk(cfg: MegalodonConfig, work: Work, layout: Layout, stage: Stage) -> li
 
 def _pipeline(cfg: MegalodonConfig, work: Work, layout: Layout, stage: Stage) -> Exchange:
     tokens = work.rows * work.length // layout.cp
-    part = activation_bytes(work, layout) * tokens * cfg.dim // layout.tp
+    part = work.low_bytes * tokens * cfg.dim // layout.tp
     # A rank in the middle sends what it computed on, and its gradient back; the ends do one of both.
     forward, backward = int(not stage.last), int(not stage.first)
     messages = (forward + backward) * work.microbatches * work.accumulation

@@ -63,7 +63,7 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
         checkpoint_activations(model, job_config, compile_model)
     if compile_model:
         apply_compile(model, job_config.compile)
-    mesh = data_mesh(parallel_dims)
+    mesh = data_mesh(parallel_dims, job_config.training.mixed_precision_param != "float32")
     if mesh is not None:
         shard_model(model, mesh, parallel_dims, job_config)
     return model
@@ -118,16 +118,23 @@ def _check_dropout(model: nn.Module, parallel_dims: ParallelDims) -> None:
         )
 
 
-def data_mesh(parallel_dims: ParallelDims) -> DeviceMesh | None:
-    """The mesh that parameters are sharded and replicated over, chunk parallel ranks included; None without one."""
-    if not parallel_dims.dp_replicate_enabled:
-        return parallel_dims.get_mesh("fsdp") if parallel_dims.fsdp_enabled else None
-    if parallel_dims.fsdp_enabled:
-        return parallel_dims.get_mesh(["dp_replicate", "fsdp"])
-    # Replication alone takes the same way over a sharding dimension of one rank, which `get_mesh` refuses to hand out.
-    # (The host's DDP divides the gradients once more, torchtitan #2318.)
+def data_mesh(parallel_dims: ParallelDims, mixed_precision: bool) -> DeviceMesh | None:
+    """The mesh that parameters are sharded and replicated over, chunk parallel ranks included; None without one.
+
+    A mesh of one rank shares nothing, but FSDP over it computes in the low dtype, for which the host's autocast is off
+    under tensor and pipeline parallelism.
+    """
+    replicated, sharded = parallel_dims.dp_replicate_enabled, parallel_dims.fsdp_enabled
+    if sharded:
+        return parallel_dims.get_mesh(["dp_replicate", "fsdp"] if replicated else "fsdp")
     parallel_dims.world_mesh  # noqa: B018  builds the meshes
-    return parallel_dims._global_meshes["dense"]["dp_replicate", "fsdp"]
+    # `get_mesh` refuses to hand out a sharding dimension of one rank.
+    dense = parallel_dims._global_meshes["dense"]
+    if replicated:  # not by the host's DDP, which divides the gradients once more (torchtitan #2318)
+        return dense["dp_replicate", "fsdp"]
+    if mixed_precision and (parallel_dims.tp_enabled or parallel_dims.pp_enabled):
+        return dense["fsdp"]
+    return None
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, parallel_dims: ParallelDims, job_config: Any) -> None:
@@ -168,4 +175,5 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, parallel_dims: ParallelDims,
             if mesh.device_type == "cpu":
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     kind = "HSDP" if mesh.ndim > 1 and mesh.size(1) > 1 else "replication" if mesh.ndim > 1 else "FSDP"
+    kind = "mixed precision" if mesh.size() == 1 else kind
     logger.info(f"Applied {kind} to the model; CEMA, norms and attention gamma/beta stay float32")

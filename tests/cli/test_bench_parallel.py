@@ -3,24 +3,28 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from megalodon_plugin.cli.bench_parallel import SMALL, ParallelBench, _start
+from megalodon_plugin.cli.bench_parallel import SMALL
 from megalodon_plugin.cli.bench_parallel_cases import (
     ONE,
     Case,
     default_layouts,
     name_of,
     parse_layout,
+    reason_against,
     simulated_cases,
     strong,
     weak,
-    without_a_row_for_all,
 )
 from megalodon_plugin.cli.bench_parallel_exchanges import differences
+from megalodon_plugin.cli.bench_parallel_launch import command_of_a_rank, run_orders, started, wait_for
 from megalodon_plugin.cli.bench_parallel_rank import Order
 from megalodon_plugin.cli.bench_parallel_report import check_line, draw, table
 from megalodon_plugin.cli.bench_parallel_rows import compare, deviation, merged
@@ -67,7 +71,7 @@ def test_weak_scaling_gives_every_gpu_as_many_tokens(name: str, rows: int, lengt
     case = weak("debug", "megalodon", parse_layout(name), 100)
     assert (case.rows, case.length, case.local_rows) == (rows, length, local)
     assert case.tokens == 100 * case.layout.gpus
-    assert without_a_row_for_all(case) is None
+    assert reason_against(case, mixed_precision=True) is None
 
 
 @pytest.mark.parametrize(
@@ -78,13 +82,18 @@ def test_strong_scaling_accumulates_what_a_gpu_cannot_take_at_once(name: str, lo
     assert (case.rows, case.length, case.local_rows) == (8, 50, local)
 
 
-def test_rows_that_do_not_go_round_are_told() -> None:
-    def case(name: str, length: int) -> Case:
-        return strong("debug", "megalodon", parse_layout(name), length, 400, 100)
+def test_what_is_not_timed_is_told() -> None:
+    def reason(name: str, length: int, model: str = "megalodon", mixed_precision: bool = True) -> str | None:
+        case = strong("debug", model, parse_layout(name), length, 400, 100)
+        return reason_against(case, mixed_precision)
 
-    assert without_a_row_for_all(case("cp 8", 1000)) is None
-    assert without_a_row_for_all(case("fsdp 2", 1000)) == "1 rows do not go round 2 data parallel ranks of fsdp 2"
-    assert without_a_row_for_all(case("pp 4", 200)) == "2 rows are fewer than the 4 stages of pp 4"
+    assert reason("cp 8", 1000) is None
+    assert reason("fsdp 2", 1000) == "1 rows do not go round 2 data parallel ranks of fsdp 2"
+    assert reason("pp 4", 200) == "2 rows are fewer than the 4 stages of pp 4"
+    assert reason("tp 2", 50) is None
+    assert reason("tp 2", 50, "llama") == "the host runs Llama under tp 2 in float32, without FSDP"
+    assert reason("tp 2", 50, "llama", mixed_precision=False) is None
+    assert reason("fsdp 2 x tp 2", 50, "llama") is None
 
 
 def row(layout: str, speed: float, scaling: str = "weak", **more: Any) -> dict[str, Any]:
@@ -175,13 +184,10 @@ def test_orders_survive_their_file() -> None:
 
 def test_one_rank_alone_is_measured_and_its_links_simulated(tmp_path: Path) -> None:
     job = small_job("fsdp 4 x cp 2", rows=4, alone=True)
-    (tmp_path / "order.json").write_text(json.dumps(Order(job, 3).as_dict()))
-    module = ["-m", "megalodon_plugin.cli.bench_parallel_rank", str(tmp_path / "order.json"), str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, *module], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [sys.executable, *command_of_a_rank([Order(job, 3)], tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    measured = json.loads((tmp_path / "0.json").read_text())
+    measured = json.loads((tmp_path / "0.0.json").read_text())
     assert measured["tokens_per_s"] * measured["seconds"] == pytest.approx(4 * 128)  # of all eight ranks
     case = Case("simulated", "debug", "megalodon", job.layout, 4, 128, 1)
     found = simulated_row(case, job, measured, Links())
@@ -226,31 +232,29 @@ def test_the_command_checks_layouts_against_one_process_and_the_formulas(tmp_pat
     assert (tmp_path / "parallel.png").stat().st_size > 1000
 
 
-class FewRanks(ParallelBench):
-    """Runs nothing: layouts of chunk parallelism are wrong, and what is timed is remembered."""
-
-    timed: list[str]
-
-    def _run(self, order: Order, processes: int) -> list[dict[str, Any]]:
-        name = name_of(order.job.layout)
-        if not order.count:
-            self.timed.append(name)
-            return [{"seconds": 1.0, "tokens_per_s": 1.0, "losses_and_norms": [[2.0, 1.0]]}] * processes
-        found = {"losses_and_norms": [[2.1 if "cp" in name else 2.0, 1.0]], "exchanges": {}, "differences": []}
-        extra = ["pp send: 3 messages, 8 bytes, but by the formulas 2, 8"] if "pp" in name else []
-        return [found, *[found | {"differences": extra}] * (processes - 1)]
-
-
 def test_a_layout_that_fails_its_check_is_told_and_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(FewRanks, "timed", [], raising=False)
-    monkeypatch.setattr("megalodon_plugin.cli.bench_parallel.ParallelBench", FewRanks)
+    timed: list[str] = []
+
+    def run_nothing(orders: list[Order], timeout: float) -> Iterator[list[dict[str, Any]]]:
+        for order in orders:
+            layout = order.job.layout
+            name = name_of(layout)
+            if not order.count:
+                timed.append(name)
+                yield [{"seconds": 1.0, "tokens_per_s": 1.0, "losses_and_norms": [[2.0, 1.0]]}] * layout.gpus
+                continue
+            found = {"losses_and_norms": [[2.1 if "cp" in name else 2.0, 1.0]], "exchanges": {}, "differences": []}
+            extra = ["pp send: 3 messages, 8 bytes, but by the formulas 2, 8"] if "pp" in name else []
+            yield [found, *[found | {"differences": extra}] * (layout.gpus - 1)]
+
+    monkeypatch.setattr("megalodon_plugin.cli.bench_parallel.run_orders", run_nothing)
     layouts = ["--layouts", "cp 2", "tp 2", "pp 2", "--scaling", "weak"]
     with pytest.raises(SystemExit) as ended:
         main(command(tmp_path, "--gpus", "2", *layouts))
     assert ended.value.code == 1
-    assert FewRanks.timed == ["1", "tp 2"]
+    assert timed == ["1", "tp 2"]
     told = capsys.readouterr().out
     assert "FAILED: losses or gradient norms are off by 5.0e-02" in told
     assert "FAILED: rank 1: pp send: 3 messages" in told
@@ -274,11 +278,34 @@ def test_wrong_options_are_refused_before_anything_runs(options: list[str], mess
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_that_fails_or_hangs_is_told_in_a_line(tmp_path: Path) -> None:
-    raises = [sys.executable, "-c", "raise ValueError('no such thing')"]
-    assert _start(raises, tmp_path / "log", 60) == "ValueError: no such thing"
-    assert _start([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 60) == "ended with status 3"
-    assert _start([sys.executable, "-c", "while True: pass"], tmp_path / "log", 0.5) == "not done after 0.5 s"
+def test_orders_are_carried_out_in_turn_and_go_on_after_one_that_fails() -> None:
+    wrong = small_job("cp 2", rows=2)
+    wrong = replace(wrong, length=120)  # not whole chunks for two ranks
+    good = Order(small_job("cp 2", rows=2), 3)
+    slow = replace(good, longest_step=1e-6)
+    one, failed, too_slow, last = run_orders([good, Order(wrong, 3), slow, good], timeout=120)
+    assert [len(ranks) for ranks in (one, failed, too_slow, last)] == [2] * 4
+    assert all("must be a multiple of" in rank["failed"] for rank in failed)
+    assert {rank.get("failed") for rank in too_slow} & {"a step takes more than 1e-06 s"}
+    assert [rank["losses_and_norms"] for rank in one] == [rank["losses_and_norms"] for rank in last]
+
+
+def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(tmp_path: Path) -> None:
+    def reason(code: str, timeout: float = 60) -> str | None:
+        with started([sys.executable, "-c", code], tmp_path / "log") as process:
+            found = wait_for([tmp_path / "result"], process, tmp_path / "log", timeout)
+        assert not process.is_running()
+        return found
+
+    assert reason("raise ValueError('no such thing')") == "ValueError: no such thing"
+    assert reason("raise SystemExit(3)") == "ended with status 3"
+    # A child in a session of its own, as a rank of torchrun is.
+    child = "subprocess.Popen(['sleep', '1000'], start_new_session=True)"
+    keeps = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))"
+    assert reason(f"import pathlib, subprocess; child = {child}; {keeps}; child.wait()", 3) == "not done after 3 s"
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    (tmp_path / "result").touch()
+    assert reason("pass") is None
 
 
 def test_pictures_show_rows_that_ran_and_lines_say_what_checks_found(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from megalodon_plugin.cli.bench_parallel import SMALL
 from megalodon_plugin.cli.bench_parallel_cases import parse_layout
+from megalodon_plugin.cli.bench_parallel_launch import command_of_a_rank
 from megalodon_plugin.cli.bench_parallel_rank import Order
 from megalodon_plugin.cli.bench_train_job import Job
 
@@ -37,12 +38,9 @@ def test_a_step_exchanges_what_the_formulas_say(name: str, tmp_path: Path) -> No
         layout=layout,
         alone=True,
     )
-    (tmp_path / "order.json").write_text(json.dumps(Order(job, steps=3, count=True).as_dict()))
-    module = ["-m", "megalodon_plugin.cli.bench_parallel_rank", str(tmp_path / "order.json"), str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, *module], env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, *command_of_a_rank([Order(job, steps=3, count=True)], tmp_path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "0.json").read_text())
+    found = json.loads((tmp_path / "0.0.json").read_text())
     assert found["exchanges"].keys() == LAYOUTS[name]
     assert found["differences"] == []

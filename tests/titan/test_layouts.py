@@ -64,6 +64,15 @@ def test_processes_equal_one(tmp_path: Path, seed: Path, alone: Any, name: str) 
             assert largest == pytest.approx(mean, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["tp", "pp"])
+def test_mixed_precision_needs_no_fsdp(tmp_path: Path, seed: Path, alone: Any, name: str) -> None:
+    layout = Layout(LAYOUTS[name].degrees, {"training": {"mixed_precision_param": "bfloat16"}})
+    records, _, validations = train(tmp_path, layout, seed)
+    # The host leaves such layouts in float32, which would be within TOLERANCE.
+    assert TOLERANCE < deviation(records, alone[0]) < 0.01
+    assert validations == pytest.approx(alone[2], rel=0.01)
+
+
 @pytest.fixture(scope="module")
 def float8_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {"megalodon": next(iter(FLOAT8_LAYOUTS.values())).options["megalodon"]}

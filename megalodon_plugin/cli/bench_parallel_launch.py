@@ -1,0 +1,93 @@
+"""Starts the ranks of `megalodon bench parallel`: processes that carry out orders one after the other."""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import torch
+
+from .bench_parallel_rank import Order
+from .bench_parallel_rows import Row
+from .bench_train_job import free_ports
+
+ALLOCATOR = "expandable_segments:True"
+"""As the host's start script sets it."""
+
+
+def run_orders(orders: Sequence[Order], timeout: float) -> Iterator[list[Row]]:
+    """What each rank found of each order, in turn; {"failed": why} where it found nothing.
+
+    All orders are for as many ranks. Their processes start once, for starting takes longer than some orders. A rank
+    that fails, or an order that takes more than `timeout` seconds, ends them all, and they start anew for the orders
+    that are left.
+    """
+    done = 0
+    while done < len(orders):
+        for ranks in _started_once(orders[done:], timeout):
+            yield ranks
+            done += 1
+
+
+def _started_once(orders: Sequence[Order], timeout: float) -> Iterator[list[Row]]:
+    """The first order's results at least, and those of the others until one fails."""
+    processes = orders[0].job.layout.gpus
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), Path(name) / "log.txt"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        with started([sys.executable, *torchrun, *command_of_a_rank(orders, folder)], log) as process:
+            for number in range(len(orders)):
+                paths = [folder / f"{number}.{rank}.json" for rank in range(processes)]
+                reason = wait_for(paths, process, log, timeout)
+                ranks = [json.loads(p.read_text()) if p.is_file() else {"failed": reason} for p in paths]
+                yield ranks
+                if any("failed" in rank for rank in ranks):
+                    return
+
+
+def command_of_a_rank(orders: Sequence[Order], folder: Path) -> list[str]:
+    """Arguments of Python that carry out the orders, which are written into the folder, as the results will be."""
+    path = folder / "orders.json"
+    path.write_text(json.dumps({"orders": [order.as_dict() for order in orders], "ports": free_ports(len(orders))}))
+    return ["-m", "megalodon_plugin.cli.bench_parallel_rank", str(path), str(folder)]
+
+
+@contextmanager
+def started(command: list[str], log: Path) -> Iterator[psutil.Popen]:
+    """The command at work; whatever of its processes is left at the end of the context is killed."""
+    variables = {"PYTORCH_ALLOC_CONF": ALLOCATOR, "TOKENIZERS_PARALLELISM": "false"}
+    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        process = psutil.Popen(command, env=variables | dict(os.environ) | threads, stdout=output, stderr=output)
+        try:
+            yield process
+        finally:
+            # torchrun gives each rank a session of its own, so a signal to its own group would leave them at work.
+            left = [*process.children(recursive=True), process] if process.is_running() else []
+            for one in left:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(left)
+
+
+def wait_for(paths: Sequence[Path], process: psutil.Popen, log: Path, timeout: float) -> str | None:
+    """Wait until the process has written all `paths`; in a few words why it has not, if it could not."""
+    end = time.monotonic() + timeout
+    running = True
+    while not all(path.is_file() for path in paths):
+        if not running:  # and the files were looked for after its end
+            errors = [line for line in log.read_text(errors="replace").splitlines() if "Error: " in line]
+            return errors[0].strip()[-200:] if errors else f"ended with status {process.returncode}"
+        if time.monotonic() > end:
+            return f"not done after {timeout:g} s"
+        try:
+            process.wait(0.1)
+            running = False
+        except psutil.TimeoutExpired:
+            pass
+    return None
