@@ -135,6 +135,8 @@ class ParallelBench:
 
     def __init__(self, known: argparse.Namespace, results: dict[str, Any], on_gpu: bool):
         self.known, self.results, self.on_gpu = known, results, on_gpu
+        self.log = known.out / "parallel.log"
+        self.log.unlink(missing_ok=True)
 
     def write(self) -> None:
         """Efficiencies of the rows so far, and all of it into parallel.json."""
@@ -151,7 +153,7 @@ class ParallelBench:
         for gpus in sorted({layout.gpus for layout in layouts}):
             alike = [layout for layout in layouts if layout.gpus == gpus]
             orders = [Order(_small_job(layout), steps=3, count=True) for layout in alike]
-            for layout, ranks in zip(alike, run_orders(orders, self.known.timeout), strict=True):
+            for layout, ranks in zip(alike, run_orders(orders, self.known.timeout, self.log), strict=True):
                 row: Row = {"layout": name_of(layout), "gpus": gpus}
                 reasons = {rank["failed"] for rank in ranks if "failed" in rank}
                 if reasons:
@@ -181,7 +183,7 @@ class ParallelBench:
                     else:
                         self._add(case, {"failed": reason})
                 orders = [self._order(case) for case in timed]
-                for case, ranks in zip(timed, run_orders(orders, self.known.timeout), strict=True):
+                for case, ranks in zip(timed, run_orders(orders, self.known.timeout, self.log), strict=True):
                     self._know_device(ranks[0])
                     self._add(case, merged(ranks))
 

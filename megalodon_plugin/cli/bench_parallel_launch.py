@@ -20,30 +20,30 @@ ALLOCATOR = "expandable_segments:True"
 """As the host's start script sets it."""
 
 
-def run_orders(orders: Sequence[Order], timeout: float) -> Iterator[list[Row]]:
+def run_orders(orders: Sequence[Order], timeout: float, log: Path) -> Iterator[list[Row]]:
     """What each rank found of each order, in turn; {"failed": why} where it found nothing.
 
     All orders are for as many ranks. Their processes start once, for starting takes longer than some orders. A rank
     that fails, or an order that takes more than `timeout` seconds, ends them all, and they start anew for the orders
-    that are left.
+    that are left. What they print is added to the file `log`.
     """
     done = 0
     while done < len(orders):
-        for ranks in _started_once(orders[done:], timeout):
+        for ranks in _started_once(orders[done:], timeout, log):
             yield ranks
             done += 1
 
 
-def _started_once(orders: Sequence[Order], timeout: float) -> Iterator[list[Row]]:
+def _started_once(orders: Sequence[Order], timeout: float, log: Path) -> Iterator[list[Row]]:
     """The first order's results at least, and those of the others until one fails."""
     processes = orders[0].job.layout.gpus
     with tempfile.TemporaryDirectory() as name:
-        folder, log = Path(name), Path(name) / "log.txt"
+        folder, begin = Path(name), log.stat().st_size if log.exists() else 0
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         with started([sys.executable, *torchrun, *command_of_a_rank(orders, folder)], log) as process:
             for number in range(len(orders)):
                 paths = [folder / f"{number}.{rank}.json" for rank in range(processes)]
-                reason = wait_for(paths, process, log, timeout)
+                reason = wait_for(paths, process, timeout, log, begin)
                 ranks = [json.loads(p.read_text()) if p.is_file() else {"failed": reason} for p in paths]
                 yield ranks
                 if any("failed" in rank for rank in ranks):
@@ -62,7 +62,7 @@ def started(command: list[str], log: Path) -> Iterator[psutil.Popen]:
     """The command at work; whatever of its processes is left at the end of the context is killed."""
     variables = {"PYTORCH_ALLOC_CONF": ALLOCATOR, "TOKENIZERS_PARALLELISM": "false"}
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
-    with log.open("w") as output:
+    with log.open("a") as output:
         process = psutil.Popen(command, env=variables | dict(os.environ) | threads, stdout=output, stderr=output)
         try:
             yield process
@@ -75,13 +75,17 @@ def started(command: list[str], log: Path) -> Iterator[psutil.Popen]:
             psutil.wait_procs(left)
 
 
-def wait_for(paths: Sequence[Path], process: psutil.Popen, log: Path, timeout: float) -> str | None:
-    """Wait until the process has written all `paths`; in a few words why it has not, if it could not."""
+def wait_for(paths: Sequence[Path], process: psutil.Popen, timeout: float, log: Path, begin: int = 0) -> str | None:
+    """Wait until the process has written all `paths`; in a few words why it has not, if it could not.
+
+    What it prints stands in `log` from the `begin`-th byte on.
+    """
     end = time.monotonic() + timeout
     running = True
     while not all(path.is_file() for path in paths):
         if not running:  # and the files were looked for after its end
-            errors = [line for line in log.read_text(errors="replace").splitlines() if "Error: " in line]
+            told = log.read_bytes()[begin:].decode(errors="replace")
+            errors = [line for line in told.splitlines() if "Error: " in line]
             return errors[0].strip()[-200:] if errors else f"ended with status {process.returncode}"
         if time.monotonic() > end:
             return f"not done after {timeout:g} s"

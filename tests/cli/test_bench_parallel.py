@@ -237,7 +237,7 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
 ) -> None:
     timed: list[str] = []
 
-    def run_nothing(orders: list[Order], timeout: float) -> Iterator[list[dict[str, Any]]]:
+    def run_nothing(orders: list[Order], timeout: float, log: Path) -> Iterator[list[dict[str, Any]]]:
         for order in orders:
             layout = order.job.layout
             name = name_of(layout)
@@ -278,12 +278,12 @@ def test_wrong_options_are_refused_before_anything_runs(options: list[str], mess
     assert not (tmp_path / "out").exists()
 
 
-def test_orders_are_carried_out_in_turn_and_go_on_after_one_that_fails() -> None:
+def test_orders_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path: Path) -> None:
     wrong = small_job("cp 2", rows=2)
     wrong = replace(wrong, length=120)  # not whole chunks for two ranks
     good = Order(small_job("cp 2", rows=2), 3)
     slow = replace(good, longest_step=1e-6)
-    one, failed, too_slow, last = run_orders([good, Order(wrong, 3), slow, good], timeout=120)
+    one, failed, too_slow, last = run_orders([good, Order(wrong, 3), slow, good], 120, tmp_path / "log")
     assert [len(ranks) for ranks in (one, failed, too_slow, last)] == [2] * 4
     assert all("must be a multiple of" in rank["failed"] for rank in failed)
     assert {rank.get("failed") for rank in too_slow} & {"a step takes more than 1e-06 s"}
@@ -292,8 +292,9 @@ def test_orders_are_carried_out_in_turn_and_go_on_after_one_that_fails() -> None
 
 def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(tmp_path: Path) -> None:
     def reason(code: str, timeout: float = 60) -> str | None:
+        (tmp_path / "log").unlink(missing_ok=True)
         with started([sys.executable, "-c", code], tmp_path / "log") as process:
-            found = wait_for([tmp_path / "result"], process, tmp_path / "log", timeout)
+            found = wait_for([tmp_path / "result"], process, timeout, tmp_path / "log")
         assert not process.is_running()
         return found
 
