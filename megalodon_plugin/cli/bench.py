@@ -72,7 +72,7 @@ def _add_train(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768], help="tokens of a row")
     parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step; longer rows come one a step")
     parser.add_argument("--against", choices=["llama"], help="also torchtitan's Llama of equal size")
-    parser.add_argument("--steps", type=int, default=8, help="steps; the first two are not counted (8)")
+    parser.add_argument("--steps", type=int, default=10, help="steps; the first three are not counted (10)")
     parser.add_argument("--checkpointing", choices=["selective", "full", "none"], default="selective")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--profile", action="store_true", help="also where the time of a step on the GPU goes")

@@ -43,7 +43,7 @@ from .bench_parallel_report import check_line, draw, table
 from .bench_parallel_rows import Row, compare, held_against, logged, merged, work
 from .bench_parallel_simulate import simulated_row
 from .bench_train import SIZES
-from .bench_train_job import Job
+from .bench_train_job import Job, check_steps
 
 SMALL = {
     "flavor": "debug",
@@ -117,8 +117,7 @@ def _checked_layouts(known: argparse.Namespace, gpus: int, on_gpu: bool) -> list
         value = getattr(known, name)
         if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
             raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {value}")
-    if known.steps < 3:
-        raise ValueError(f"`--steps` must be at least 3, for the first two are not counted, but is {known.steps}")
+    check_steps(known.steps)
     if on_gpu and gpus > torch.cuda.device_count():
         raise ValueError(f"`--gpus` must be at most the {torch.cuda.device_count()} that are there, but is {gpus}")
     if known.against and not on_gpu:
@@ -152,7 +151,7 @@ class ParallelBench:
         failed = set()
         for gpus in sorted({layout.gpus for layout in layouts}):
             alike = [layout for layout in layouts if layout.gpus == gpus]
-            orders = [Order(_small_job(layout), steps=3, count=True) for layout in alike]
+            orders = [Order(_small_job(layout), steps=4, count=True) for layout in alike]
             for layout, ranks in zip(alike, run_orders(orders, self.known.timeout, self.log), strict=True):
                 row: Row = {"layout": name_of(layout), "gpus": gpus}
                 reasons = {rank["failed"] for rank in ranks if "failed" in rank}
@@ -169,23 +168,23 @@ class ParallelBench:
         return failed
 
     def time(self, layouts: Sequence[Layout]) -> None:
-        """Weak scaling for each number of tokens a GPU, strong scaling for each length.
-
-        All cases of a layout come one after the other, in the same processes.
-        """
+        """Weak scaling for each number of tokens a GPU, strong scaling for each length."""
+        groups: dict[tuple[Any, ...], list[Case]] = {}
         for model in ("megalodon", "llama") if self.known.against else ("megalodon",):
             for layout in layouts:
-                timed: list[Case] = []
+                # What the host does to attention for context parallelism stays in a process.
+                group = groups.setdefault((model, layout.gpus, layout.cp > 1), [])
                 for case in self._cases(model, layout):
                     reason = reason_against(case, mixed_precision=self.on_gpu)
                     if reason is None:
-                        timed.append(case)
+                        group.append(case)
                     else:
                         self._add(case, {"failed": reason})
-                orders = [self._order(case) for case in timed]
-                for case, ranks in zip(timed, run_orders(orders, self.known.timeout, self.log), strict=True):
-                    self._know_device(ranks[0])
-                    self._add(case, merged(ranks))
+        for group in groups.values():
+            orders = [self._order(case) for case in group]
+            for case, ranks in zip(group, run_orders(orders, self.known.timeout, self.log), strict=True):
+                self._know_device(ranks[0])
+                self._add(case, merged(ranks))
 
     def _cases(self, model: str, layout: Layout) -> Iterator[Case]:
         known = self.known

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_plugin.parallel.estimate import Layout
-from megalodon_plugin.parallel.traffic import exchanges_of_step
+from megalodon_plugin.parallel.traffic import Exchange, exchanges_of_step
 
 from .plan import job_of, stages_of, work_of
 
@@ -60,7 +60,7 @@ class ExchangeCounter(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def planned_exchanges(options: Any, layout: Layout, stage: int) -> Exchanged:
+def exchanges_by_formula(options: Any, layout: Layout, stage: int) -> list[Exchange]:
     """What the formulas say of a rank in the `stage`-th stage under the host's configuration `options`."""
     job = job_of(options)
     work, _ = work_of(job, layout)
@@ -69,10 +69,12 @@ def planned_exchanges(options: Any, layout: Layout, stage: int) -> Exchanged:
     exchanges = exchanges_of_step(
         job.args.config, job.parameters, work, layout, stages_of(job, layout.pp)[stage], policy
     )
+    return [exchange for exchange in exchanges if exchange.messages]
+
+
+def summed(exchanges: list[Exchange]) -> Exchanged:
     found: Exchanged = {}
     for exchange in exchanges:
-        if not exchange.messages:
-            continue
         row = found.setdefault(exchange.dimension, {}).setdefault(exchange.kind, [0, 0])
         whole = exchange.ranks if exchange.kind == "all-reduce" else 1
         row[0] += round(exchange.messages)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from megalodon_plugin.parallel.estimate import Layout
+from megalodon_plugin.parallel.traffic import Exchange
 
-from .bench_parallel_exchanges import ExchangeCounter, differences, planned_exchanges
+from .bench_parallel_exchanges import ExchangeCounter, differences, exchanges_by_formula, summed
 from .bench_parallel_trace import trace_step
 from .bench_train_job import Job, TimedTrainer, run_job
 
@@ -57,9 +58,10 @@ def run_order(order: Order) -> dict[str, Any]:
     def look(trainer: TimedTrainer) -> dict[str, Any]:
         found: dict[str, Any] = {"losses_and_norms": trainer.losses_and_norms}
         if order.count:
-            found |= _count(trainer, order.job.layout)
+            found |= _count(trainer, _by_formula(trainer, order.job.layout))
         if order.trace:
-            found["communication"] = trace_step(trainer)
+            known = _by_formula(trainer, order.job.layout) if order.job.model == "megalodon" else []
+            found["communication"] = trace_step(trainer, known)
         return found
 
     logging.getLogger().setLevel(logging.WARNING)
@@ -70,13 +72,16 @@ def run_order(order: Order) -> dict[str, Any]:
     return row | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
-def _count(trainer: TimedTrainer, layout: Layout) -> dict[str, Any]:
+def _by_formula(trainer: TimedTrainer, layout: Layout) -> list[Exchange]:
+    stage = trainer.parallel_dims.get_mesh("pp").get_local_rank() if layout.pp > 1 else 0
+    return exchanges_by_formula(trainer.job_config, layout, stage)
+
+
+def _count(trainer: TimedTrainer, known: list[Exchange]) -> dict[str, Any]:
     batches = trainer.batch_generator(trainer.dataloader)
     with ExchangeCounter() as exchanges:
         trainer.train_step(batches)
-    stage = trainer.parallel_dims.get_mesh("pp").get_local_rank() if layout.pp > 1 else 0
-    planned = planned_exchanges(trainer.job_config, layout, stage)
-    found = exchanges.found
+    found, planned = exchanges.found, summed(known)
     return {"exchanges": found, "planned": planned, "differences": differences(found, planned)}
 
 

@@ -7,12 +7,14 @@ from .bench_parallel_rows import Row
 
 HEADER = (
     f"{'':>9} {'size':>8} {'model':>9} {'layout':>21} {'GPUs':>4} {'rows x length':>14} {'tokens/s':>10} {'GiB':>6} "
-    f"{'exchange':>8} {'exposed':>7} {'effic.':>6} {'to FSDP':>7} {'deviation':>9}"
+    f"{'exchange':>8} {'of cp':>6} {'exposed':>7} {'effic.':>6} {'to FSDP':>7} {'deviation':>9}"
 )
 
 
 def table(rows: list[Row], header: bool = True) -> str:
-    """A line a row: the share of a step in which something was exchanged, or nothing else happened; efficiencies."""
+    """A line a row: shares of a step in which something was exchanged (chunk parallelism's own beside it), or nothing
+    else happened; efficiencies.
+    """
     lines = [HEADER] if header else []
     for row in rows:
         line = f"{row['scaling']:>9} {row['size']:>8} {row['model']:>9} {row['layout']:>21} {row['gpus']:>4} "
@@ -21,7 +23,10 @@ def table(rows: list[Row], header: bool = True) -> str:
             lines.append(f"{line} {row['failed']}")
             continue
         found = row.get("communication", {})
-        shares = f"{_form(found.get('share'), '.1%'):>8} {_form(found.get('exposed'), '.1%'):>7}"
+        of_cp = found.get("dimensions", {}).get("cp", {}).get("share")
+        shares = (
+            f"{_form(found.get('share'), '.1%'):>8} {_form(of_cp, '.1%'):>6} {_form(found.get('exposed'), '.1%'):>7}"
+        )
         ratios = f"{_form(row.get('efficiency'), '.3f'):>6} {_form(row.get('to_fsdp'), '.3f'):>7}"
         line += f" {row['tokens_per_s']:>10,.0f} {_form(row.get('peak_gib'), '.1f'):>6} {shares} {ratios}"
         lines.append(f"{line} {_form(row.get('deviation'), '.1e'):>9}".rstrip())

@@ -18,9 +18,25 @@ def merged(ranks: list[Row]) -> Row:
         if name in slowest:
             found[name] = max(rank[name] for rank in ranks)
     if "communication" in ranks[0]:
-        found["communication"] = ranks[0]["communication"]
+        found["communication"] = _communication([rank["communication"] for rank in ranks])
     found["losses_and_norms"] = logged(ranks)
     return found
+
+
+def _communication(ranks: list[Row]) -> Row:
+    """Rank 0's, with what its messages take without waiting: "transfer", and how many "messages", by dimension.
+
+    The rank that comes last to a message does not wait, so its time is the shortest.
+    """
+    first = ranks[0]
+    dimensions = {}
+    for name, found in first["dimensions"].items():
+        durations = [rank["dimensions"][name]["durations"] for rank in ranks if name in rank["dimensions"]]
+        alike = len({len(of_rank) for of_rank in durations}) == 1  # stages of a pipeline differ
+        transfer = sum(map(min, zip(*durations, strict=True))) / first["seconds"] if alike else None
+        shares = {key: value for key, value in found.items() if key != "durations"}
+        dimensions[name] = shares | {"transfer": transfer, "messages": len(found["durations"])}
+    return first | {"dimensions": dimensions}
 
 
 def logged(ranks: list[Row]) -> list[list[float]]:

@@ -2,62 +2,108 @@
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megalodon_plugin.parallel.traffic import Exchange
+
+from .bench_parallel_exchanges import PADDING
+
 Interval = tuple[float, float]
 
 GPU_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
+MARK = "the step that is looked at"
+COLLECTIVES = {
+    "_allgather_base": "all-gather",
+    "allgather_into_tensor_coalesced": "all-gather",
+    "_reduce_scatter_base": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "allreduce_coalesced": "all-reduce",
+}
+"""Names in a trace -> kinds of `Exchange`."""
+ITEM_BYTES = {"Float": 4, "BFloat16": 2, "Half": 2, "Double": 8, "Long": 8, "Int": 4}
 
 
-def trace_step(trainer: Any) -> dict[str, Any]:
-    """Train one more step of the host's `trainer` under the profiler; `communication` of it."""
+def trace_step(trainer: Any, known: Sequence[Exchange]) -> dict[str, Any]:
+    """Train one more step of the host's `trainer` under the profiler, all ranks at once; `communication` of it."""
     batches = trainer.batch_generator(trainer.dataloader)
-    torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        trainer.train_step(batches)
+        torch.distributed.barrier()
+        torch.cuda.synchronize()
+        with torch.profiler.record_function(MARK):
+            trainer.train_step(batches)
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return communication(json.loads(path.read_text())["traceEvents"])
+        return communication(json.loads(path.read_text())["traceEvents"], known)
 
 
-def communication(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What of the time between a trace's first and last work on the GPU was communication.
+def communication(events: Iterable[dict[str, Any]], known: Sequence[Exchange] = ()) -> dict[str, Any]:
+    """What of a step's time on the GPU, from its first work there to its last, was communication.
+
+    Args:
+        events: of a Chrome trace; what ran before the event MARK, if there is one, does not count.
+        known: exchanges by formula. A message is of the dimension of the one that is alike in kind and size; process
+            groups do not tell, for dimensions that span the same ranks share one.
 
     Returns:
         "share": some kernel of NCCL ran, waiting for other ranks included; "exposed": one ran and nothing else did;
-        "groups": both, and "messages", for each process group by its description, such as "mesh_cp".
+        "idle": nothing ran; "seconds": the whole; "dimensions": "share" and "exposed" by dimension ("other" without
+        one), and "durations" of its messages in seconds, in their order.
     """
-    groups: dict[str, list[Interval]] = {}
+    events = list(events)
+    marks = [event["ts"] for event in events if event.get("name") == MARK and event.get("cat") == "user_annotation"]
+    begin = max(marks, default=float("-inf"))
+    dimensions: dict[str, list[Interval]] = {}
     compute: list[Interval] = []
     for event in events:
-        if event.get("ph") != "X" or event.get("cat") not in GPU_KINDS:
+        if event.get("ph") != "X" or event.get("cat") not in GPU_KINDS or event["ts"] < begin:
             continue
         interval = (event["ts"], event["ts"] + event["dur"])
         if event["name"].startswith("nccl"):
-            arguments = event.get("args", {})
-            group = arguments.get("Process Group Description") or arguments.get("Process Group Name") or "unknown"
-            groups.setdefault(group, []).append(interval)
+            dimensions.setdefault(_dimension(event, known), []).append(interval)
         else:
             compute.append(interval)
-    everything = [interval for intervals in groups.values() for interval in intervals]
+    everything = [interval for intervals in dimensions.values() for interval in intervals]
     whole = union([*compute, *everything])
     if not whole:
-        return {"share": 0.0, "exposed": 0.0, "groups": {}}
+        return {"share": 0.0, "exposed": 0.0, "idle": 0.0, "seconds": 0.0, "dimensions": {}}
     span, busy = whole[-1][1] - whole[0][0], union(compute)
 
-    def shares(intervals: list[Interval]) -> dict[str, float]:
+    def shares(intervals: list[Interval]) -> dict[str, Any]:
         own = union(intervals)
         return {"share": total(own) / span, "exposed": (total(union([*own, *busy])) - total(busy)) / span}
 
-    of_groups = {name: shares(found) | {"messages": len(found)} for name, found in sorted(groups.items())}
-    return shares(everything) | {"groups": of_groups}
+    of_dimensions = {
+        name: shares(found) | {"durations": [(end - start) * 1e-6 for start, end in sorted(found)]}
+        for name, found in sorted(dimensions.items())
+    }
+    idle = 1 - total(whole) / span
+    return shares(everything) | {"idle": idle, "seconds": span * 1e-6, "dimensions": of_dimensions}
+
+
+def _dimension(kernel: dict[str, Any], known: Sequence[Exchange]) -> str:
+    """Of the exchange that a kernel of NCCL belongs to."""
+    arguments = kernel.get("args", {})
+    if "SendRecv" in kernel["name"]:  # of which a trace tells no size
+        return next((exchange.dimension for exchange in known if exchange.kind == "send"), "other")
+    kind = COLLECTIVES.get(arguments.get("Collective name", ""))
+    item = ITEM_BYTES.get(arguments.get("dtype", ""), 0)
+    numbers = arguments.get("Out msg nelems" if kind == "reduce-scatter" else "In msg nelems", 0)
+    alike = [exchange for exchange in known if exchange.kind == kind]
+
+    def distance(exchange: Exchange) -> float:
+        expected = exchange.part * (exchange.ranks if kind == "all-reduce" else 1)
+        return abs(numbers * item / expected - 1)
+
+    nearest = min(alike, key=distance, default=None)
+    return nearest.dimension if nearest is not None and distance(nearest) <= PADDING else "other"
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:

@@ -17,7 +17,7 @@ import torch
 from megalodon_plugin import __version__
 
 from .bench_ops import commit_of_this_code
-from .bench_train_job import Job, free_ports, run_job
+from .bench_train_job import Job, check_steps, free_ports, run_job
 from .bench_train_profile import print_shares, shares
 from .bench_train_report import draw, table
 
@@ -41,8 +41,7 @@ def run_bench_train(known: argparse.Namespace) -> None:
         value = getattr(known, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {value}")
-    if known.steps < 3:
-        raise ValueError(f"`--steps` must be at least 3, for the first two are not counted, but is {known.steps}")
+    check_steps(known.steps)
     _one_process()
     on_gpu = torch.cuda.is_available()
     results: dict[str, Any] = {

@@ -35,6 +35,8 @@ from megalodon_plugin.titan.trainer import MegalodonTrainer
 from .bench_parallel_cases import ONE, degrees_of
 
 VOCABULARY = 32000
+UNCOUNTED = 3
+"""Steps: one compiles, one is the first without that, one tells how long a step takes."""
 LEAST_STEPS = 3
 """That are counted, however long they take."""
 SPECS = {"llama": "llama3", "megalodon": "megalodon"}
@@ -130,12 +132,13 @@ class TooSlow(Exception):
 
 
 class TimedTrainer(MegalodonTrainer):
-    """Keeps each step's seconds; after two steps, which compile and are logged, memory is counted anew.
+    """Takes the time of each step after the first UNCOUNTED ones, on the GPU's own clock: as in a run, the processor
+    may be steps ahead of it, and nothing waits at a step's end. Memory is counted from the last uncounted step on.
 
-    Ends early once counted steps have taken `enough` seconds together.
+    Makes fewer steps where `enough` seconds are over sooner.
 
     Raises:
-        TooSlow: the first counted step took more than `longest_step` seconds.
+        TooSlow: a step takes more than `longest_step` seconds.
     """
 
     def __init__(
@@ -148,7 +151,8 @@ class TimedTrainer(MegalodonTrainer):
     ):
         super().__init__(job_config)
         self.enough, self.longest_step = enough, longest_step
-        self.seconds: list[float] = []
+        self._ends: list[Any] = []
+        """Of the last uncounted step and of each after it."""
         self.losses_and_norms: list[tuple[float, float]] = []
         """Of the logged steps, over all ranks."""
         if same_weights:
@@ -156,7 +160,7 @@ class TimedTrainer(MegalodonTrainer):
         if alone:
             self.optimizers.register_step_pre_hook(self._clear_gradients)
         metrics = self.metrics_processor
-        metrics.should_log = lambda step: step <= 2
+        metrics.should_log = lambda step: step < UNCOUNTED
         metrics.logger.log = lambda numbers, step: self.losses_and_norms.append(
             (float(numbers["loss_metrics/global_avg_loss"]), float(numbers["grad_norm"]))
         )
@@ -178,26 +182,44 @@ class TimedTrainer(MegalodonTrainer):
             set_model_state_dict(part, whole.state_dict(), options=StateDictOptions(full_state_dict=True, strict=False))
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
-        if len(self.seconds) == 2 and self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        self._wait()
-        start = time.perf_counter()
-        super().train_step(data_iterator)
-        self._wait()
-        self.seconds.append(time.perf_counter() - start)
-        self._end_if_long_enough()
+        if self.step > UNCOUNTED:
+            super().train_step(data_iterator)
+        else:
+            self._wait()
+            if self.step == UNCOUNTED and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            super().train_step(data_iterator)
+            self._wait()
+            if self.step < UNCOUNTED:
+                return
+            self._choose_steps(time.perf_counter() - start)
+        self._ends.append(self._now())
 
-    def _end_if_long_enough(self) -> None:
-        counted = self.seconds[2:]
-        if not counted:
-            return
-        so_far = torch.tensor(sum(counted), device=self.device)
-        torch.distributed.all_reduce(so_far, torch.distributed.ReduceOp.MAX)  # all ranks end after the same step
-        if len(counted) == 1 and so_far > self.longest_step:
+    def _choose_steps(self, seconds: float) -> None:
+        """From the time of one step; alike on all ranks."""
+        slowest = torch.tensor(seconds, device=self.device)
+        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
+        if slowest > self.longest_step:
             raise TooSlow(f"a step takes more than {self.longest_step:g} s")
-        if len(counted) >= LEAST_STEPS and so_far > self.enough:
-            self.job_config.training.steps = self.step
+        counted = max(LEAST_STEPS, self.enough / float(slowest))
+        self.job_config.training.steps = int(min(self.job_config.training.steps, UNCOUNTED + counted))
+
+    def seconds(self) -> list[float]:
+        """Of the counted steps."""
+        self._wait()
+        pairs = zip(self._ends, self._ends[1:], strict=False)
+        if self.device.type == "cuda":
+            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+        return [end - start for start, end in pairs]
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -211,7 +233,7 @@ def run_job(
     enough: float = math.inf,
     longest_step: float = math.inf,
 ) -> dict[str, Any]:
-    """Train at most `steps` steps, of which the first two are not counted; fewer if counted ones take `enough` seconds.
+    """Train at most `steps` steps, of which the first UNCOUNTED are not; fewer where these would take `enough` seconds.
 
     `after` may look at the trainer and add to the row.
 
@@ -248,7 +270,7 @@ def run_job(
 
 
 def _numbers(trainer: TimedTrainer, job: Job) -> dict[str, Any]:
-    counted = trainer.seconds[2:]
+    counted = trainer.seconds()
     seconds = statistics.median(counted)
     with torch.device("meta"):  # the rank's own part may be one stage
         model: Any = trainer.train_spec.model_cls(trainer.model_args)
@@ -275,6 +297,12 @@ def _flops(args: Any, model: torch.nn.Module, job: Job) -> float:
         return args.get_nparams_and_flops(model, job.length)[1]
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     return 6 * matrices + 6 * args.n_layers * args.dim * (job.length + 1)
+
+
+def check_steps(steps: int) -> None:
+    """Raise ValueError unless so many steps leave one to count."""
+    if steps <= UNCOUNTED:
+        raise ValueError(f"`--steps` must be more than the {UNCOUNTED} that are not counted, but is {steps}")
 
 
 def free_ports(number: int) -> list[int]:

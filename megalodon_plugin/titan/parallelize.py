@@ -63,6 +63,9 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
         checkpoint_activations(model, job_config, compile_model)
     if compile_model:
         apply_compile(model, job_config.compile)
+        if parallel_dims.cp_enabled and model.norm is not None:
+            # Its summary's backward pass would else be several passes over the features.
+            model.norm.compile(backend=job_config.compile.backend, fullgraph=True)  # type: ignore[operator, union-attr]
     mesh = data_mesh(parallel_dims, job_config.training.mixed_precision_param != "float32")
     if mesh is not None:
         shard_model(model, mesh, parallel_dims, job_config)

@@ -29,10 +29,10 @@ from megalodon_plugin.cli.bench_parallel_rank import Order
 from megalodon_plugin.cli.bench_parallel_report import check_line, draw, table
 from megalodon_plugin.cli.bench_parallel_rows import compare, deviation, merged
 from megalodon_plugin.cli.bench_parallel_simulate import simulated_row
-from megalodon_plugin.cli.bench_parallel_trace import communication
+from megalodon_plugin.cli.bench_parallel_trace import MARK, communication
 from megalodon_plugin.cli.bench_train_job import Job
 from megalodon_plugin.cli.main import main
-from megalodon_plugin.parallel.traffic import Links
+from megalodon_plugin.parallel.traffic import Exchange, Links
 
 from tiny_job import environment
 
@@ -149,26 +149,52 @@ def test_exchanges_that_differ_from_the_formulas_are_told() -> None:
     assert len(differences(planned, {})) == 2
 
 
-def kernel(name: str, begin: float, end: float, group: str | None = None) -> dict[str, Any]:
-    arguments = {} if group is None else {"Process Group Description": group}
+def kernel(name: str, begin: float, end: float, **arguments: Any) -> dict[str, Any]:
     return {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": end - begin, "args": arguments}
 
 
+def message(collective: str, numbers: int, dtype: str = "Float") -> dict[str, Any]:
+    return {"Collective name": collective, "In msg nelems": numbers, "Out msg nelems": 2 * numbers, "dtype": dtype}
+
+
+def exchange(dimension: str, kind: str, part: int) -> Exchange:
+    return Exchange(dimension, "", kind, 2, 1, part, 1, 1, 1, 2)
+
+
 def test_communication_is_what_nccl_runs_and_exposed_where_nothing_else_does() -> None:
+    known = [exchange("fsdp", "all-gather", 2000), exchange("cp", "all-gather", 128), exchange("pp", "send", 64)]
     events = [
+        kernel("gemm", -50, -10),
         kernel("gemm", 0, 40),
         kernel("gemm", 30, 50),  # overlaps the one before: 0 to 50 is busy
-        kernel("ncclDevKernel_AllGather", 40, 60, "mesh_fsdp"),
-        kernel("ncclDevKernel_AllGather", 55, 70, "mesh_cp"),
-        kernel("norm", 65, 100),
+        kernel("ncclDevKernel_AllGather", 40, 60, **message("_allgather_base", 1010, "BFloat16")),  # padded by 1%
+        kernel("ncclDevKernel_AllGather", 55, 70, **message("allgather_into_tensor_coalesced", 32)),
+        kernel("norm", 75, 90),
+        kernel("ncclDevKernel_SendRecv", 90, 95),
+        kernel("ncclDevKernel_AllReduce", 95, 100, **message("allreduce", 1)),
         {"ph": "X", "cat": "cpu_op", "name": "nccl:all_gather", "ts": 0, "dur": 500},
+        {"ph": "X", "cat": "user_annotation", "name": MARK, "ts": -5, "dur": 500},
         {"ph": "i", "name": "mark", "ts": 1000},
     ]
-    found = communication(events)
-    assert (found["share"], found["exposed"]) == (0.30, 0.15)  # 40 to 70; 50 to 65
-    assert found["groups"]["mesh_fsdp"] == {"share": 0.2, "exposed": 0.1, "messages": 1}
-    assert found["groups"]["mesh_cp"] == {"share": 0.15, "exposed": 0.1, "messages": 1}
-    assert communication([]) == {"share": 0.0, "exposed": 0.0, "groups": {}}
+    found = communication(events, known)
+    assert (found["share"], found["exposed"], found["idle"]) == pytest.approx((0.40, 0.30, 0.05))  # 40-70, 90-100
+    assert found["seconds"] == pytest.approx(100e-6)
+    shares = {name: (of["share"], of["exposed"]) for name, of in found["dimensions"].items()}
+    assert shares == {"fsdp": (0.2, 0.1), "cp": (0.15, 0.15), "pp": (0.05, 0.05), "other": (0.05, 0.05)}
+    assert found["dimensions"]["cp"]["durations"] == pytest.approx([15e-6])
+    assert communication(events)["dimensions"].keys() == {"other"}
+    assert communication([])["share"] == 0.0
+
+
+def test_what_a_message_takes_without_waiting_is_the_time_of_the_rank_that_comes_last() -> None:
+    def rank(*durations: float) -> dict[str, Any]:
+        of_cp = {"share": sum(durations), "exposed": 0.0, "durations": list(durations)}
+        found = {"share": 0.1, "exposed": 0.0, "idle": 0.0, "seconds": 2.0, "dimensions": {"cp": of_cp}}
+        return {"seconds": 1.0, "losses_and_norms": [[2.0, 1.0]], "communication": found}
+
+    of_cp = merged([rank(0.5, 0.1), rank(0.2, 0.3)])["communication"]["dimensions"]["cp"]
+    assert of_cp == {"share": 0.6, "exposed": 0.0, "transfer": pytest.approx(0.15), "messages": 2}
+    assert merged([rank(0.5, 0.1), rank(0.2)])["communication"]["dimensions"]["cp"]["transfer"] is None
 
 
 def small_job(name: str, rows: int = 8, **more: Any) -> Job:
@@ -184,7 +210,7 @@ def test_orders_survive_their_file() -> None:
 
 def test_one_rank_alone_is_measured_and_its_links_simulated(tmp_path: Path) -> None:
     job = small_job("fsdp 4 x cp 2", rows=4, alone=True)
-    command = [sys.executable, *command_of_a_rank([Order(job, 3)], tmp_path)]
+    command = [sys.executable, *command_of_a_rank([Order(job, 4)], tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     measured = json.loads((tmp_path / "0.0.json").read_text())
@@ -264,7 +290,7 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
     ("options", "message"),
     [
         (["--gpus", "0"], "`--gpus` must be positive"),
-        (["--steps", "2"], "`--steps` must be at least 3"),
+        (["--steps", "3"], "`--steps` must be more than the 3 that are not counted, but is 3"),
         (["--lengths", "64", "0"], "`--lengths` must be positive"),
         (["--network-gb-s", "0"], "`--network-gb-s` must be positive"),
         (["--layouts", "ring 2"], "a layout must be degrees of"),
@@ -281,9 +307,9 @@ def test_wrong_options_are_refused_before_anything_runs(options: list[str], mess
 def test_orders_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path: Path) -> None:
     wrong = small_job("cp 2", rows=2)
     wrong = replace(wrong, length=120)  # not whole chunks for two ranks
-    good = Order(small_job("cp 2", rows=2), 3)
+    good = Order(small_job("cp 2", rows=2), 4)
     slow = replace(good, longest_step=1e-6)
-    one, failed, too_slow, last = run_orders([good, Order(wrong, 3), slow, good], 120, tmp_path / "log")
+    one, failed, too_slow, last = run_orders([good, Order(wrong, 4), slow, good], 120, tmp_path / "log")
     assert [len(ranks) for ranks in (one, failed, too_slow, last)] == [2] * 4
     assert all("must be a multiple of" in rank["failed"] for rank in failed)
     assert {rank.get("failed") for rank in too_slow} & {"a step takes more than 1e-06 s"}

@@ -38,7 +38,7 @@ def test_a_step_exchanges_what_the_formulas_say(name: str, tmp_path: Path) -> No
         layout=layout,
         alone=True,
     )
-    command = [sys.executable, *command_of_a_rank([Order(job, steps=3, count=True)], tmp_path)]
+    command = [sys.executable, *command_of_a_rank([Order(job, steps=4, count=True)], tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "0.0.json").read_text())
