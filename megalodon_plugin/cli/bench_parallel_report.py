@@ -48,7 +48,10 @@ def _form(value: float | None, form: str) -> str:
 
 
 def draw(results: dict[str, Any], picture: Path) -> None:
-    """Weak and strong scaling against the number of GPUs, a line for each kind of layout; simulated steps as bars."""
+    """Weak and strong scaling against the number of GPUs, a line for each kind of layout.
+
+    Bars of efficiencies where one or two numbers of GPUs make no lines, and for simulated steps.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,20 +59,22 @@ def draw(results: dict[str, Any], picture: Path) -> None:
 
     rows = [row for row in results["rows"] if "failed" not in row]
     present = [kind for kind in ("weak", "strong", "simulated") if any(row["scaling"] == kind for row in rows)]
+    few = len({row["gpus"] for row in rows if row["scaling"] != "simulated"}) <= 2
     titles = {
-        "weak": "weak scaling: tokens/s a GPU over one GPU's",
-        "strong": "strong scaling: tokens/s",
+        "weak": "weak scaling" + ("" if few else ": tokens/s a GPU over one GPU's"),
+        "strong": "strong scaling" + ("" if few else ": tokens/s"),
         "simulated": "simulated: a rank's work measured, links as published",
     }
     columns = present or ["weak"]
-    bars = sum(row["scaling"] == "simulated" for row in rows)
-    size = (6.5 * len(columns) + (3 if bars else 0), max(5.2, 1.5 + 0.34 * bars))
+    as_bars = [kind for kind in present if few or kind == "simulated"]
+    bars = max((sum(row["scaling"] == kind for row in rows) for kind in as_bars), default=0)
+    size = (6.5 * len(columns) + (2 * len(as_bars) if bars else 0), max(5.2, 1.5 + 0.34 * bars))
     figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False)
     for kind, axis in zip(columns, axes[0], strict=True):
         axis.set_title(titles[kind], fontsize=10)
         chosen = [row for row in rows if row["scaling"] == kind]
-        if kind == "simulated":
-            _bars(axis, chosen)
+        if kind in as_bars:
+            _bars(axis, chosen, kind)
         else:
             _lines(axis, chosen, "efficiency" if kind == "weak" else "tokens_per_s")
     where = f"{results['device']}, torch {results['torch']}, {results['dtype']}"
@@ -107,16 +112,24 @@ def _lines(axis: Any, rows: list[Row], number: str) -> None:
         axis.legend(fontsize=7)
 
 
-def _bars(axis: Any, rows: list[Row]) -> None:
-    """A bar of each layout's efficiency; its pale part is what exchanges take away."""
-    labels = [f"{row['size']}, {row['tokens_per_gpu']} a GPU: {row['layout']}" for row in rows]
+def _bars(axis: Any, rows: list[Row], kind: str) -> None:
+    """A bar of each layout's efficiency; of simulated ones with a pale part, which exchanges take away."""
+    models = len({row["model"] for row in rows}) > 1
+    labels = []
+    for row in rows:
+        what = f"{row['size']}{' ' + row['model'] if models else ''}"
+        amount = f"{row['rows']} x {row['length']}" if kind == "strong" else f"{row['tokens_per_gpu']} a GPU"
+        labels.append(f"{what}, {amount}: {row['layout']}")
     efficiencies = [row["efficiency"] for row in rows]
-    alone = [row["efficiency"] * row["seconds"] / row["work_seconds"] for row in rows]
-    axis.barh(labels, alone, color="tab:blue", alpha=0.3, label="a rank's work alone")
-    axis.barh(labels, efficiencies, color="tab:blue", label="with what exchanges do not hide")
+    if kind == "simulated":
+        alone = [row["efficiency"] * row["seconds"] / row["work_seconds"] for row in rows]
+        axis.barh(labels, alone, color="tab:blue", alpha=0.3, label="a rank's work alone")
+    colours = ["tab:orange" if row["model"] == "llama" else "tab:blue" for row in rows]
+    axis.barh(labels, efficiencies, color=colours, label="with what exchanges do not hide")
     for label, efficiency, row in zip(labels, efficiencies, rows, strict=True):
         axis.text(0.02, label, f"{row['tokens_per_s'] / row['gpus']:,.0f} tokens/s a GPU", va="center", color="white")
         axis.text(1.06, label, f"{efficiency:.2f}", va="center")
     axis.invert_yaxis()
-    axis.set(xlabel="tokens/s a GPU over those of the fewest GPUs that hold the model", xlim=(0, 1.15))
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2)
+    axis.set(xlabel="tokens/s a GPU over those of the fewest GPUs that hold the model", xlim=(0, 1.2))
+    if kind == "simulated":
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2)

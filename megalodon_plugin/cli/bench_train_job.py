@@ -132,8 +132,8 @@ class TooSlow(Exception):
 
 
 class TimedTrainer(MegalodonTrainer):
-    """Takes the time of each step after the first UNCOUNTED ones, on the GPU's own clock: as in a run, the processor
-    may be steps ahead of it, and nothing waits at a step's end. Memory is counted from the last uncounted step on.
+    """Takes the time of each step after the first UNCOUNTED ones, on the GPU's own clock. As in a run, nothing waits at
+    a step's end but what the host itself makes wait. Memory is counted from the last uncounted step on.
 
     Makes fewer steps where `enough` seconds are over sooner.
 

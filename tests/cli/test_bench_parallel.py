@@ -338,10 +338,16 @@ def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(
 def test_pictures_show_rows_that_ran_and_lines_say_what_checks_found(tmp_path: Path) -> None:
     rows = [row("1", 100.0), row("cp 2", 180.0), row("1", 100.0, "strong"), row("cp 2", 150.0, "strong")]
     rows.append(row("fsdp 8", 700.0, "simulated", seconds=0.11, work_seconds=0.1))
-    rows.append({**row("tp 2", 0.0), "failed": "out of memory"})
-    compare([r for r in rows if "failed" not in r])
-    draw({"rows": rows, "device": "GPU", "torch": "2", "dtype": "bfloat16"}, tmp_path / "parallel.png")
-    assert (tmp_path / "parallel.png").stat().st_size > 1000
+    failed = row("tp 2", 0.0)
+    del failed["tokens_per_s"]
+    rows.append(failed | {"failed": "out of memory"})
+    compare(rows)
+    results = {"rows": rows, "device": "GPU", "torch": "2", "dtype": "bfloat16"}
+    draw(results, tmp_path / "bars.png")
+    rows += [row("cp 4", 340.0), row("cp 4", 270.0, "strong")]
+    compare(rows)
+    draw(results, tmp_path / "lines.png")
+    assert min((tmp_path / name).stat().st_size for name in ("bars.png", "lines.png")) > 1000
     line = check_line(
         {"layout": "cp 2", "gpus": 2, "deviation": 1e-7, "exchanges": {"0": {"cp": {"x": [3.0, 4096.0]}}}}
     )
