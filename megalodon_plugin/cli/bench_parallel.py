@@ -2,13 +2,13 @@
 
 Three parts, each optional, in this order:
 
-1. Checks. A small model in float32 takes two steps under every layout; losses and gradient norms must be those of one
-   process, messages and bytes those of docs/scaling.md. A layout that fails is not timed.
+1. Checks. A small model takes two steps under every layout, in float32 and in bfloat16; losses and gradient norms must
+   be those of one process, messages and bytes those of docs/scaling.md. A layout that fails is not timed.
 2. Times. Weak and strong scaling of training steps in the host, as `bench train` takes them.
 3. Simulation. One process computes one rank's part of a layout of 8, 64 or 256 GPUs, with the host's fake backend in
    place of the others; published link speeds give the rest. Such rows say "simulated".
 
-What is checked or timed runs in processes of its own, which what comes after one that failed does not share.
+What is checked or timed runs in processes of its own. After a failure the rest goes on in new ones.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +41,7 @@ from .bench_parallel_cases import (
 from .bench_parallel_launch import ALLOCATOR, run_orders
 from .bench_parallel_rank import Order, run_order
 from .bench_parallel_report import check_line, draw, table
-from .bench_parallel_rows import Row, compare, held_against, logged, merged, work
+from .bench_parallel_rows import Row, compare, held_against, logged, merged, reason_of, work
 from .bench_parallel_simulate import simulated_row
 from .bench_train import SIZES
 from .bench_train_job import Job, check_steps
@@ -59,8 +60,8 @@ SMALL = {
 }
 """The model of the checks, which 8 ranks of any dimension can share."""
 SMALL_ROWS, SMALL_LENGTH = 8, 128
-TOLERANCE = 1e-5
-"""Of losses and gradient norms in float32."""
+TOLERANCES = {False: 1e-5, True: 5e-3}
+"""Of losses and gradient norms in float32 and, by whether the precision is low, in bfloat16."""
 
 
 def run_bench_parallel(known: argparse.Namespace) -> int:
@@ -110,6 +111,7 @@ def _checked_layouts(known: argparse.Namespace, gpus: int, on_gpu: bool) -> list
         "tokens_per_step",
         "lengths",
         "seconds",
+        "longest_step",
         "timeout",
         "node_gb_s",
         "network_gb_s",
@@ -142,30 +144,37 @@ class ParallelBench:
         self.results["rows"].sort(key=work)
         compare(self.results["rows"])
         unfinished = self.known.out / "parallel.json.unfinished"
-        unfinished.write_text(json.dumps(self.results, indent=1) + "\n")
+        unfinished.write_text(json.dumps(self.results, indent=1, allow_nan=False) + "\n")
         unfinished.replace(self.known.out / "parallel.json")
 
     def check(self, layouts: Sequence[Layout]) -> set[str]:
         """Names of the layouts that failed."""
-        alone: list[list[float]] | None = None
+        alone: dict[bool, list[list[float]]] = {}
         failed = set()
         for gpus in sorted({layout.gpus for layout in layouts}):
-            alike = [layout for layout in layouts if layout.gpus == gpus]
-            orders = [Order(_small_job(layout), steps=4, count=True) for layout in alike]
-            for layout, ranks in zip(alike, run_orders(orders, self.known.timeout, self.log), strict=True):
-                row: Row = {"layout": name_of(layout), "gpus": gpus}
-                reasons = {rank["failed"] for rank in ranks if "failed" in rank}
-                if reasons:
-                    row["failed"] = ", ".join(sorted(reasons))
+            cases = [(layout, low) for layout in layouts if layout.gpus == gpus for low in (False, True)]
+            # Exchanges of bfloat16 are the same in half the bytes.
+            orders = [Order(_small_job(layout, low), steps=4, count=not low) for layout, low in cases]
+            for (layout, low), ranks in self._run(cases, orders):
+                row: Row = {"layout": name_of(layout), "gpus": gpus, "dtype": "bfloat16" if low else "float32"}
+                reason = reason_of(ranks)
+                if reason is None and layout == ONE:
+                    alone[low] = logged(ranks)
+                if reason is not None or low not in alone:
+                    row["failed"] = reason or "one process failed"
                 else:
-                    alone = logged(ranks) if alone is None else alone
-                    row |= held_against(ranks, alone, TOLERANCE)
+                    row |= held_against(ranks, alone[low], TOLERANCES[low])
                 if "failed" in row:
                     failed.add(row["layout"])
                 self.results["checks"].append(row)
                 print(check_line(row), flush=True)
                 self.write()
         return failed
+
+    def _run(self, cases: list[Any], orders: list[Order]) -> Iterator[tuple[Any, list[Row]]]:
+        """Each case with what the ranks found of its order."""
+        with closing(run_orders(orders, self.known.timeout, self.log)) as results:
+            yield from zip(cases, results, strict=True)
 
     def time(self, layouts: Sequence[Layout]) -> None:
         """Weak scaling for each number of tokens a GPU, strong scaling for each length."""
@@ -181,8 +190,7 @@ class ParallelBench:
                     else:
                         self._add(case, {"failed": reason})
         for group in groups.values():
-            orders = [self._order(case) for case in group]
-            for case, ranks in zip(group, run_orders(orders, self.known.timeout, self.log), strict=True):
+            for case, ranks in self._run(group, [self._order(case) for case in group]):
                 self._know_device(ranks[0])
                 self._add(case, merged(ranks))
 
@@ -249,14 +257,14 @@ class ParallelBench:
         self.results["device"] = row.pop("device", self.results["device"])
 
 
-def _small_job(layout: Layout) -> Job:
+def _small_job(layout: Layout, low_precision: bool) -> Job:
     return Job(
         "megalodon",
         tuple(SMALL.items()),
         batch=SMALL_ROWS // layout.data,
         length=SMALL_LENGTH,
         compiled=False,
-        low_precision=False,
+        low_precision=low_precision,
         layout=layout,
         rows=SMALL_ROWS,
         same_weights=True,

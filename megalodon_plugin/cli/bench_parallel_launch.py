@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,13 +14,12 @@ import torch
 
 from .bench_parallel_rank import Order
 from .bench_parallel_rows import Row
-from .bench_train_job import free_ports
 
 ALLOCATOR = "expandable_segments:True"
 """As the host's start script sets it."""
 
 
-def run_orders(orders: Sequence[Order], timeout: float, log: Path) -> Iterator[list[Row]]:
+def run_orders(orders: Sequence[Order], timeout: float, log: Path) -> Generator[list[Row], None, None]:
     """What each rank found of each order, in turn; {"failed": why} where it found nothing.
 
     All orders are for as many ranks. Their processes start once, for starting takes longer than some orders. A rank
@@ -38,12 +37,13 @@ def _started_once(orders: Sequence[Order], timeout: float, log: Path) -> Iterato
     """The first order's results at least, and those of the others until one fails."""
     processes = orders[0].job.layout.gpus
     with tempfile.TemporaryDirectory() as name:
-        folder, begin = Path(name), log.stat().st_size if log.exists() else 0
+        folder, begin = Path(name), size_of(log)
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        with started([sys.executable, *torchrun, *command_of_a_rank(orders, folder)], log) as process:
+        with started([sys.executable, *torchrun, *command_of_a_rank(orders, folder)], folder, log) as process:
             for number in range(len(orders)):
                 paths = [folder / f"{number}.{rank}.json" for rank in range(processes)]
                 reason = wait_for(paths, process, timeout, log, begin)
+                begin = size_of(log)
                 ranks = [json.loads(p.read_text()) if p.is_file() else {"failed": reason} for p in paths]
                 yield ranks
                 if any("failed" in rank for rank in ranks):
@@ -53,13 +53,15 @@ def _started_once(orders: Sequence[Order], timeout: float, log: Path) -> Iterato
 def command_of_a_rank(orders: Sequence[Order], folder: Path) -> list[str]:
     """Arguments of Python that carry out the orders, which are written into the folder, as the results will be."""
     path = folder / "orders.json"
-    path.write_text(json.dumps({"orders": [order.as_dict() for order in orders], "ports": free_ports(len(orders))}))
+    path.write_text(json.dumps([order.as_dict() for order in orders]))
     return ["-m", "megalodon_plugin.cli.bench_parallel_rank", str(path), str(folder)]
 
 
 @contextmanager
-def started(command: list[str], log: Path) -> Iterator[psutil.Popen]:
-    """The command at work; whatever of its processes is left at the end of the context is killed."""
+def started(command: list[str], folder: Path, log: Path) -> Iterator[psutil.Popen]:
+    """The command at work. At the end of the context whatever is left of it is killed: every process whose command line
+    names `folder`, and their children. (torchrun gives each rank a session of its own, and may end before them.)
+    """
     variables = {"PYTORCH_ALLOC_CONF": ALLOCATOR, "TOKENIZERS_PARALLELISM": "false"}
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
     with log.open("a") as output:
@@ -67,25 +69,27 @@ def started(command: list[str], log: Path) -> Iterator[psutil.Popen]:
         try:
             yield process
         finally:
-            # torchrun gives each rank a session of its own, so a signal to its own group would leave them at work.
-            left = [*process.children(recursive=True), process] if process.is_running() else []
+            left = [one for one in psutil.process_iter(["cmdline"]) if str(folder) in (one.info["cmdline"] or [])]
+            for one in list(left):
+                with suppress(psutil.NoSuchProcess):
+                    left += one.children(recursive=True)
             for one in left:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
-            psutil.wait_procs(left)
+            process.wait()
 
 
 def wait_for(paths: Sequence[Path], process: psutil.Popen, timeout: float, log: Path, begin: int = 0) -> str | None:
     """Wait until the process has written all `paths`; in a few words why it has not, if it could not.
 
-    What it prints stands in `log` from the `begin`-th byte on.
+    What it prints meanwhile stands in `log` from the `begin`-th byte on.
     """
     end = time.monotonic() + timeout
     running = True
     while not all(path.is_file() for path in paths):
         if not running:  # and the files were looked for after its end
             told = log.read_bytes()[begin:].decode(errors="replace")
-            errors = [line for line in told.splitlines() if "Error: " in line]
+            errors = [line for line in told.splitlines() if "Error: " in line and "ChildFailedError" not in line]
             return errors[0].strip()[-200:] if errors else f"ended with status {process.returncode}"
         if time.monotonic() > end:
             return f"not done after {timeout:g} s"
@@ -95,3 +99,7 @@ def wait_for(paths: Sequence[Path], process: psutil.Popen, timeout: float, log: 
         except psutil.TimeoutExpired:
             pass
     return None
+
+
+def size_of(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0

@@ -2,16 +2,15 @@
 
     python -m torch.distributed.run ... -m megalodon_plugin.cli.bench_parallel_rank ORDERS FOLDER
 
-ORDERS is a JSON file: "orders", each an `Order`, and as many free "ports". Of the N-th order, from 0, rank R writes
-FOLDER/N.R.json.
+ORDERS is a JSON file, a list of `Order`s. Of the N-th, from 0, rank R writes FOLDER/N.R.json.
 """
 
 import dataclasses
 import json
 import logging
-import math
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from megalodon_plugin.parallel.traffic import Exchange
 
 from .bench_parallel_exchanges import ExchangeCounter, differences, exchanges_by_formula, summed
 from .bench_parallel_trace import trace_step
-from .bench_train_job import Job, TimedTrainer, run_job
+from .bench_train_job import Job, TimedTrainer, free_port, run_job
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Order:
     """Messages and bytes of one more step, which must not be compiled."""
     trace: bool = False
     """The share of communication in one more step."""
-    enough: float | None = None
+    enough: float = sys.float_info.max  # infinity is no number of JSON
     """Seconds of counted steps after which no more are made."""
-    longest_step: float | None = None
+    longest_step: float = sys.float_info.max
     """Seconds; a job whose steps take longer is given up."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def run_order(order: Order) -> dict[str, Any]:
     if order.job.alone:
         ranks = str(order.job.layout.gpus)
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks, "NGPU": ranks}
-    row = run_job(order.job, order.steps, look, order.enough or math.inf, order.longest_step or math.inf)
+    row = run_job(order.job, order.steps, look, order.enough, order.longest_step)
     return row | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
@@ -86,20 +85,29 @@ def _count(trainer: TimedTrainer, known: list[Exchange]) -> dict[str, Any]:
 
 
 def main() -> None:
-    asked = json.loads(Path(sys.argv[1]).read_text())
+    orders = [Order.from_dict(found) for found in json.loads(Path(sys.argv[1]).read_text())]
     folder, rank = Path(sys.argv[2]), os.environ["RANK"]
     # The store that torchrun offers still holds the addresses that an earlier order's ranks left there.
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_ADDR": "127.0.0.1"}
-    for number, (order, port) in enumerate(zip(asked["orders"], asked["ports"], strict=True)):
-        os.environ["MASTER_PORT"] = str(port)
-        row = run_order(Order.from_dict(order))
-        unfinished = folder / f"{number}.{rank}.unfinished"
-        unfinished.write_text(json.dumps(row))
-        unfinished.replace(folder / f"{number}.{rank}.json")
+    for number, order in enumerate(orders):
+        port = folder / f"{number}.port"
+        if rank == "0":
+            _write(port, str(free_port()))
+        while not port.is_file():
+            time.sleep(0.01)
+        os.environ["MASTER_PORT"] = port.read_text()
+        row = run_order(order)
+        _write(folder / f"{number}.{rank}.json", json.dumps(row))
         if "failed" in row:
-            os._exit(
-                1
-            )  # the other ranks wait for this one, as long as a collective may take, unless it is seen to fail
+            # The other ranks wait for this one, as long as a collective may take, unless it is seen to fail.
+            os._exit(1)
+
+
+def _write(path: Path, text: str) -> None:
+    """At once, for whoever waits for the file."""
+    unfinished = path.with_suffix(f"{path.suffix}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":

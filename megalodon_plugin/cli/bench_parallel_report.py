@@ -35,12 +35,15 @@ def table(rows: list[Row], header: bool = True) -> str:
 
 def check_line(row: Row) -> str:
     """What a check of a layout found."""
-    about = f"    check {row['layout']:>21} {row['gpus']:>4} processes"
+    about = f"    check {row['layout']:>21} {row['gpus']:>4} processes, {row['dtype']:>8}"
     if "failed" in row:
         return f"{about}  FAILED: {row['failed']}"
+    found = f"{about}  deviation {row['deviation']:.1e}"
+    if "exchanges" not in row:
+        return found
     kinds = [kind for dimensions in row["exchanges"]["0"].values() for kind in dimensions.values()]
     messages, size = sum(kind[0] for kind in kinds), sum(kind[1] for kind in kinds)
-    return f"{about}  deviation {row['deviation']:.1e}; rank 0: {messages:.0f} messages, {size:,.0f} bytes, as planned"
+    return f"{found}; rank 0: {messages:.0f} messages, {size:,.0f} bytes, as planned"
 
 
 def _form(value: float | None, form: str) -> str:

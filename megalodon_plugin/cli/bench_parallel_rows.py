@@ -1,5 +1,6 @@
 """Rows of `megalodon bench parallel`: what ranks found as one row, and rows beside each other."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -7,12 +8,22 @@ Row = dict[str, Any]
 
 
 def merged(ranks: list[Row]) -> Row:
-    """One row of all ranks': the slowest, the fullest, and what rank 0 found of the rest."""
-    reasons = [rank["failed"] for rank in ranks if "failed" in rank]
-    if reasons:
-        return {"failed": "out of memory" if "out of memory" in reasons else reasons[0]}
+    """One row of all ranks': the slowest, the fullest, and what rank 0 found of the rest. "failed" where one failed."""
+    reason = reason_of(ranks)
+    if reason is not None:
+        return {"failed": reason}
     slowest = max(ranks, key=lambda rank: rank["seconds"])
-    kept = ("tokens_per_s", "seconds", "spread", "parameters", "gflop_per_token", "mfu", "checkpointing", "batch")
+    kept = (
+        "tokens_per_s",
+        "seconds",
+        "steps",
+        "spread",
+        "parameters",
+        "gflop_per_token",
+        "mfu",
+        "checkpointing",
+        "batch",
+    )
     found = {name: slowest[name] for name in kept if name in slowest}
     for name in ("peak_gib", "allocated_gib"):
         if name in slowest:
@@ -23,18 +34,30 @@ def merged(ranks: list[Row]) -> Row:
     return found
 
 
-def _communication(ranks: list[Row]) -> Row:
-    """Rank 0's, with what its messages take without waiting: "transfer", and how many "messages", by dimension.
+def reason_of(ranks: list[Row]) -> str | None:
+    """Why these ranks have no result, first by what a rank itself tells; None if all have one that can be true."""
+    failed = [rank for rank in ranks if "failed" in rank]
+    if failed:
+        return next((rank["failed"] for rank in failed if "model" in rank), failed[0]["failed"])
+    numbers = [number for step in logged(ranks) for number in step]
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        return f"losses and gradient norms must be positive numbers, but are {logged(ranks)}"
+    return None
 
-    The rank that comes last to a message does not wait, so its time is the shortest.
+
+def _communication(ranks: list[Row]) -> Row:
+    """Rank 0's, with the number of "messages" by dimension, and "transfer", what they take without waiting.
+
+    The rank that comes last to a message does not wait, so its time is the shortest. That is known where all ranks
+    take part in the same messages, and None elsewhere.
     """
     first = ranks[0]
     dimensions = {}
     for name, found in first["dimensions"].items():
-        durations = [rank["dimensions"][name]["durations"] for rank in ranks if name in rank["dimensions"]]
-        alike = len({len(of_rank) for of_rank in durations}) == 1  # stages of a pipeline differ
-        transfer = sum(map(min, zip(*durations, strict=True))) / first["seconds"] if alike else None
-        shares = {key: value for key, value in found.items() if key != "durations"}
+        durations = [rank["dimensions"].get(name, {}).get("durations", []) for rank in ranks]
+        together = found["ranks"] == [len(ranks)] and len({len(of_rank) for of_rank in durations}) == 1
+        transfer = sum(map(min, zip(*durations, strict=True))) / first["seconds"] if together else None
+        shares = {key: value for key, value in found.items() if key not in ("durations", "ranks")}
         dimensions[name] = shares | {"transfer": transfer, "messages": len(found["durations"])}
     return first | {"dimensions": dimensions}
 
@@ -45,21 +68,23 @@ def logged(ranks: list[Row]) -> list[list[float]]:
 
 
 def deviation(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
-    """The largest relative difference of a loss or a gradient norm; infinite where steps are missing."""
+    """The largest relative difference of a loss or a gradient norm; infinite where steps or numbers are missing."""
     if len(found) != len(expected) or not found:
         return float("inf")
     pairs = [pair for a, b in zip(found, expected, strict=True) for pair in zip(a, b, strict=True)]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+    found_all = all(math.isfinite(number) for pair in pairs for number in pair)
+    return max(abs(a - b) / abs(b) for a, b in pairs) if found_all else float("inf")
 
 
 def held_against(ranks: list[Row], alone: list[list[float]], tolerance: float) -> Row:
-    """A check's row: how far losses and gradient norms are from `alone`'s, and exchanges from the formulas'."""
+    """A check's row: how far losses and gradient norms are from `alone`'s, and exchanges, if counted, from formulas."""
     row: Row = {"deviation": deviation(logged(ranks), alone)}
-    row["differences"] = [f"rank {n}: {text}" for n, rank in enumerate(ranks) for text in rank["differences"]]
-    row["exchanges"] = {str(n): rank["exchanges"] for n, rank in enumerate(ranks)}
+    if all("exchanges" in rank for rank in ranks):
+        row["differences"] = [f"rank {n}: {text}" for n, rank in enumerate(ranks) for text in rank["differences"]]
+        row["exchanges"] = {str(n): rank["exchanges"] for n, rank in enumerate(ranks)}
     if not row["deviation"] <= tolerance:
         row["failed"] = f"losses or gradient norms are off by {row['deviation']:.1e}"
-    elif row["differences"]:
+    elif row.get("differences"):
         row["failed"] = "; ".join(row["differences"])
     return row
 

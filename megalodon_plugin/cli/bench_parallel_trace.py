@@ -55,19 +55,23 @@ def communication(events: Iterable[dict[str, Any]], known: Sequence[Exchange] = 
     Returns:
         "share": some kernel of NCCL ran, waiting for other ranks included; "exposed": one ran and nothing else did;
         "idle": nothing ran; "seconds": the whole; "dimensions": "share" and "exposed" by dimension ("other" without
-        one), and "durations" of its messages in seconds, in their order.
+        one), "durations" of its messages in seconds, in their order, and "ranks", how many share one (0: the trace does
+        not tell).
     """
     events = list(events)
     marks = [event["ts"] for event in events if event.get("name") == MARK and event.get("cat") == "user_annotation"]
     begin = max(marks, default=float("-inf"))
     dimensions: dict[str, list[Interval]] = {}
+    sizes: dict[str, set[int]] = {}
     compute: list[Interval] = []
     for event in events:
         if event.get("ph") != "X" or event.get("cat") not in GPU_KINDS or event["ts"] < begin:
             continue
         interval = (event["ts"], event["ts"] + event["dur"])
         if event["name"].startswith("nccl"):
-            dimensions.setdefault(_dimension(event, known), []).append(interval)
+            name = _dimension(event, known)
+            dimensions.setdefault(name, []).append(interval)
+            sizes.setdefault(name, set()).add(event.get("args", {}).get("Group size", 0))
         else:
             compute.append(interval)
     everything = [interval for intervals in dimensions.values() for interval in intervals]
@@ -81,7 +85,8 @@ def communication(events: Iterable[dict[str, Any]], known: Sequence[Exchange] = 
         return {"share": total(own) / span, "exposed": (total(union([*own, *busy])) - total(busy)) / span}
 
     of_dimensions = {
-        name: shares(found) | {"durations": [(end - start) * 1e-6 for start, end in sorted(found)]}
+        name: shares(found)
+        | {"durations": [(end - start) * 1e-6 for start, end in sorted(found)], "ranks": sorted(sizes[name])}
         for name, found in sorted(dimensions.items())
     }
     idle = 1 - total(whole) / span

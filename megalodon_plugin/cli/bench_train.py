@@ -17,7 +17,7 @@ import torch
 from megalodon_plugin import __version__
 
 from .bench_ops import commit_of_this_code
-from .bench_train_job import Job, check_steps, free_ports, run_job
+from .bench_train_job import Job, check_steps, free_port, run_job
 from .bench_train_profile import print_shares, shares
 from .bench_train_report import draw, table
 
@@ -97,7 +97,7 @@ def _profile(trainer: Any) -> dict[str, Any]:
 def _one_process() -> None:
     """What torchrun and the host's start script would set."""
     logging.getLogger().setLevel(logging.WARNING)
-    (port,) = free_ports(1)
+    port = free_port()
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
         os.environ[name] = str(value)
     os.environ["MASTER_ADDR"] = "127.0.0.1"

@@ -12,13 +12,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
 
@@ -127,6 +130,17 @@ class Job:
         return [*flags, *(part for name, value in found.items() for part in (f"--{name}", str(value)))]
 
 
+def _copy_part(own: Tensor, whole: Tensor) -> None:
+    """Fill this rank's part without an exchange. `set_model_state_dict` scatters, and over a dimension of one rank,
+    where the host has PyTorch's fake backend, that leaves memory as it was in torch 2.11.
+    """
+    if isinstance(own, DTensor):
+        sizes, starts = compute_local_shape_and_global_offset(own.shape, own.device_mesh, own.placements)
+        whole = whole[tuple(slice(start, start + size) for size, start in zip(sizes, starts, strict=True))]
+        own = own.to_local()
+    own.copy_(whole)
+
+
 class TooSlow(Exception):
     """A step took longer than it may."""
 
@@ -178,8 +192,11 @@ class TimedTrainer(MegalodonTrainer):
         whole.to_empty(device=self.device)
         with torch.no_grad():
             whole.init_weights(buffer_device=None)
-        for part in self.model_parts:
-            set_model_state_dict(part, whole.state_dict(), options=StateDictOptions(full_state_dict=True, strict=False))
+            values = whole.state_dict()
+            for part in self.model_parts:
+                parts: dict[str, Any] = get_model_state_dict(part)
+                for name, own in parts.items():
+                    _copy_part(own, values[name])
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         if self.step > UNCOUNTED:
@@ -192,19 +209,21 @@ class TimedTrainer(MegalodonTrainer):
             start = time.perf_counter()
             super().train_step(data_iterator)
             self._wait()
+            if self.step > 1:
+                self._look_at_time(time.perf_counter() - start)
             if self.step < UNCOUNTED:
                 return
-            self._choose_steps(time.perf_counter() - start)
         self._ends.append(self._now())
 
-    def _choose_steps(self, seconds: float) -> None:
-        """From the time of one step; alike on all ranks."""
+    def _look_at_time(self, seconds: float) -> None:
+        """Give up, or choose the number of steps, by the time of one without compilation; alike on all ranks."""
         slowest = torch.tensor(seconds, device=self.device)
         torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
         if slowest > self.longest_step:
             raise TooSlow(f"a step takes more than {self.longest_step:g} s")
-        counted = max(LEAST_STEPS, self.enough / float(slowest))
-        self.job_config.training.steps = int(min(self.job_config.training.steps, UNCOUNTED + counted))
+        if self.step == UNCOUNTED:
+            counted = max(LEAST_STEPS, self.enough / float(slowest))
+            self.job_config.training.steps = int(min(self.job_config.training.steps, UNCOUNTED + counted))
 
     def seconds(self) -> list[float]:
         """Of the counted steps."""
@@ -242,6 +261,7 @@ def run_job(
         was not enough or a step takes more than `longest_step` seconds.
     """
     torch._dynamo.reset()
+    failed = True
     row: dict[str, Any] = {"model": job.model, "batch": job.batch, "length": job.length}
     row["checkpointing"] = job.checkpointing
     trainer = None
@@ -252,7 +272,9 @@ def run_job(
             )
             trainer.train()
             row |= _numbers(trainer, job)
-            return row if after is None else row | after(trainer)
+            row |= {} if after is None else after(trainer)
+            failed = False
+            return row
     except torch.OutOfMemoryError:
         return row | {"failed": "out of memory"}
     except TooSlow as error:
@@ -265,7 +287,8 @@ def run_job(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if torch.distributed.is_initialized():
+        # Other ranks may be waiting in a collective that this one will not join, and then so would it here.
+        if torch.distributed.is_initialized() and (torch.distributed.get_world_size() == 1 or not failed):
             torch.distributed.destroy_process_group()
 
 
@@ -277,6 +300,7 @@ def _numbers(trainer: TimedTrainer, job: Job) -> dict[str, Any]:
     numbers = {
         "tokens_per_s": job.tokens / seconds,
         "seconds": seconds,
+        "steps": len(counted),
         "spread": (max(counted) - min(counted)) / seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gflop_per_token": _flops(trainer.model_args, model, job) / 1e9,
@@ -305,13 +329,11 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"`--steps` must be more than the {UNCOUNTED} that are not counted, but is {steps}")
 
 
-def free_ports(number: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from megalodon_plugin.cli.bench_parallel_report import check_line, draw, table
 from megalodon_plugin.cli.bench_parallel_rows import compare, deviation, merged
 from megalodon_plugin.cli.bench_parallel_simulate import simulated_row
 from megalodon_plugin.cli.bench_parallel_trace import MARK, communication
-from megalodon_plugin.cli.bench_train_job import Job
+from megalodon_plugin.cli.bench_train_job import LEAST_STEPS, Job
 from megalodon_plugin.cli.main import main
 from megalodon_plugin.parallel.traffic import Exchange, Links
 
@@ -131,11 +131,26 @@ def test_ranks_become_one_row() -> None:
     assert (found["tokens_per_s"], found["peak_gib"], found["losses_and_norms"]) == (5.0, 3.0, [[4.0, 0.5]])
     ended = {"failed": "ended with status 1"}
     assert merged([first, ended]) == ended
-    assert merged([ended, {"failed": "out of memory"}]) == {"failed": "out of memory"}
+    assert merged([ended, {"model": "megalodon", "failed": "out of memory"}]) == {"failed": "out of memory"}
+
+
+def test_a_run_that_has_learnt_nothing_is_no_result() -> None:
+    def ranks(*steps: list[float]) -> list[dict[str, Any]]:
+        return [{"seconds": 1.0, "tokens_per_s": 10.0, "losses_and_norms": list(steps)}] * 2
+
+    assert "failed" not in merged(ranks([10.0, 1.0], [9.0, 1.0]))
+    for wrong in ([10.0, 0.0], [float("nan"), 1.0], [10.0, float("inf")], [-1.0, 1.0]):
+        assert "must be positive numbers" in merged(ranks([10.0, 1.0], wrong))["failed"]
+
+
+def test_what_a_rank_tells_goes_before_what_its_end_looks_like() -> None:
+    own = {"model": "megalodon", "failed": "a step takes more than 1 s"}
+    assert merged([{"failed": "ended with status 1"}, own]) == {"failed": "a step takes more than 1 s"}
 
 
 def test_deviation_is_the_largest_and_missing_steps_are_infinitely_far() -> None:
     assert deviation([[2.0, 1.1]], [[2.0, 1.0]]) == pytest.approx(0.1)
+    assert deviation([[2.0, 1.0], [float("nan"), 1.0]], [[2.0, 1.0], [1.9, 1.0]]) == float("inf")
     assert deviation([[2.0, 1.0]], [[2.0, 1.0], [1.0, 1.0]]) == deviation([], []) == float("inf")
 
 
@@ -154,7 +169,10 @@ def kernel(name: str, begin: float, end: float, **arguments: Any) -> dict[str, A
 
 
 def message(collective: str, numbers: int, dtype: str = "Float") -> dict[str, Any]:
-    return {"Collective name": collective, "In msg nelems": numbers, "Out msg nelems": 2 * numbers, "dtype": dtype}
+    parts = {"In msg nelems": numbers, "Out msg nelems": 2 * numbers}
+    if "reduce_scatter" in collective:
+        parts = {"In msg nelems": 2 * numbers, "Out msg nelems": numbers}
+    return {"Collective name": collective, "dtype": dtype, "Group size": 2} | parts
 
 
 def exchange(dimension: str, kind: str, part: int) -> Exchange:
@@ -182,19 +200,43 @@ def test_communication_is_what_nccl_runs_and_exposed_where_nothing_else_does() -
     shares = {name: (of["share"], of["exposed"]) for name, of in found["dimensions"].items()}
     assert shares == {"fsdp": (0.2, 0.1), "cp": (0.15, 0.15), "pp": (0.05, 0.05), "other": (0.05, 0.05)}
     assert found["dimensions"]["cp"]["durations"] == pytest.approx([15e-6])
+    assert [found["dimensions"][name]["ranks"] for name in ("cp", "pp")] == [[2], [0]]
     assert communication(events)["dimensions"].keys() == {"other"}
     assert communication([])["share"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("collective", "numbers", "dimension"),
+    [
+        ("reduce_scatter_tensor_coalesced", 100, "tp"),
+        ("_reduce_scatter_base", 960, "fsdp"),
+        ("_reduce_scatter_base", 800, "other"),  # too few for any padding
+        ("allreduce", 32, "tp"),  # the whole tensor, of which a part is half
+        ("_allgather_base", 100, "other"),
+    ],
+)
+def test_a_message_belongs_to_the_exchange_of_its_kind_and_size(collective: str, numbers: int, dimension: str) -> None:
+    known = [
+        exchange("fsdp", "reduce-scatter", 4000),
+        exchange("tp", "reduce-scatter", 400),
+        exchange("tp", "all-reduce", 64),
+    ]
+    found = communication([kernel("ncclDevKernel", 0, 1, **message(collective, numbers))], known)
+    assert found["dimensions"].keys() == {dimension}
+
+
 def test_what_a_message_takes_without_waiting_is_the_time_of_the_rank_that_comes_last() -> None:
-    def rank(*durations: float) -> dict[str, Any]:
-        of_cp = {"share": sum(durations), "exposed": 0.0, "durations": list(durations)}
+    def rank(*durations: float, size: int = 2) -> dict[str, Any]:
+        of_cp = {"share": sum(durations), "exposed": 0.0, "durations": list(durations), "ranks": [size]}
         found = {"share": 0.1, "exposed": 0.0, "idle": 0.0, "seconds": 2.0, "dimensions": {"cp": of_cp}}
         return {"seconds": 1.0, "losses_and_norms": [[2.0, 1.0]], "communication": found}
 
     of_cp = merged([rank(0.5, 0.1), rank(0.2, 0.3)])["communication"]["dimensions"]["cp"]
     assert of_cp == {"share": 0.6, "exposed": 0.0, "transfer": pytest.approx(0.15), "messages": 2}
+    # Where ranks have other messages, and where not all of them share one, nobody is known to be last.
     assert merged([rank(0.5, 0.1), rank(0.2)])["communication"]["dimensions"]["cp"]["transfer"] is None
+    several = [rank(0.5, size=2)] * 4
+    assert merged(several)["communication"]["dimensions"]["cp"]["transfer"] is None
 
 
 def small_job(name: str, rows: int = 8, **more: Any) -> Job:
@@ -249,9 +291,11 @@ def test_the_command_checks_layouts_against_one_process_and_the_formulas(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     results = json.loads((tmp_path / "parallel.json").read_text())
     assert (results["backend"], results["commit"], results["dtype"]) == ("gloo", "abc", "float32")
-    alone, shared = results["checks"]
+    alone, alone_low, shared, shared_low = results["checks"]
     assert (alone["layout"], alone["exchanges"]) == ("1", {"0": {}})
-    assert 0 < shared["deviation"] < 1e-5
+    assert [row["dtype"] for row in results["checks"]] == ["float32", "bfloat16"] * 2
+    assert 0 < shared["deviation"] < 1e-5 < shared_low["deviation"] < 5e-3
+    assert alone_low["deviation"] == 0
     assert shared["differences"] == []
     # Eight layers of a norm and a CEMA, and the final norm, each forward and backward.
     assert shared["exchanges"]["1"]["cp"]["all-gather"][0] == 2 * (8 * 2 + 1)
@@ -267,7 +311,7 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
         for order in orders:
             layout = order.job.layout
             name = name_of(layout)
-            if not order.count:
+            if dict(order.job.options) != SMALL:
                 timed.append(name)
                 yield [{"seconds": 1.0, "tokens_per_s": 1.0, "losses_and_norms": [[2.0, 1.0]]}] * layout.gpus
                 continue
@@ -292,6 +336,7 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
         (["--gpus", "0"], "`--gpus` must be positive"),
         (["--steps", "3"], "`--steps` must be more than the 3 that are not counted, but is 3"),
         (["--lengths", "64", "0"], "`--lengths` must be positive"),
+        (["--longest-step", "0"], "`--longest-step` must be positive"),
         (["--network-gb-s", "0"], "`--network-gb-s` must be positive"),
         (["--layouts", "ring 2"], "a layout must be degrees of"),
         (["--layouts", "cp 4"], "`--layouts` must fit 2 GPUs, but 'cp 4' takes 4"),
@@ -309,17 +354,20 @@ def test_orders_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path:
     wrong = replace(wrong, length=120)  # not whole chunks for two ranks
     good = Order(small_job("cp 2", rows=2), 4)
     slow = replace(good, longest_step=1e-6)
-    one, failed, too_slow, last = run_orders([good, Order(wrong, 4), slow, good], 120, tmp_path / "log")
+    short = replace(good, steps=50, enough=1e-6)
+    one, failed, too_slow, last = run_orders([good, Order(wrong, 4), slow, short], 120, tmp_path / "log")
     assert [len(ranks) for ranks in (one, failed, too_slow, last)] == [2] * 4
     assert all("must be a multiple of" in rank["failed"] for rank in failed)
-    assert {rank.get("failed") for rank in too_slow} & {"a step takes more than 1e-06 s"}
+    assert merged(too_slow) == {"failed": "a step takes more than 1e-06 s"}
+    assert [rank["steps"] for rank in one] == [1, 1]
+    assert [rank["steps"] for rank in last] == [LEAST_STEPS] * 2
     assert [rank["losses_and_norms"] for rank in one] == [rank["losses_and_norms"] for rank in last]
 
 
 def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(tmp_path: Path) -> None:
     def reason(code: str, timeout: float = 60) -> str | None:
         (tmp_path / "log").unlink(missing_ok=True)
-        with started([sys.executable, "-c", code], tmp_path / "log") as process:
+        with started([sys.executable, "-c", code, str(tmp_path)], tmp_path, tmp_path / "log") as process:
             found = wait_for([tmp_path / "result"], process, timeout, tmp_path / "log")
         assert not process.is_running()
         return found
@@ -327,10 +375,18 @@ def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(
     assert reason("raise ValueError('no such thing')") == "ValueError: no such thing"
     assert reason("raise SystemExit(3)") == "ended with status 3"
     # A child in a session of its own, as a rank of torchrun is.
-    child = "subprocess.Popen(['sleep', '1000'], start_new_session=True)"
+    sleeps = f"[sys.executable, '-c', 'import time; time.sleep(1000)', {str(tmp_path)!r}]"
+    child = f"import pathlib, subprocess, sys; child = subprocess.Popen({sleeps}, start_new_session=True)"
     keeps = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))"
-    assert reason(f"import pathlib, subprocess; child = {child}; {keeps}; child.wait()", 3) == "not done after 3 s"
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+    def child_is_gone() -> bool:
+        pid = int((tmp_path / "pid").read_text())
+        return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+    assert reason(f"{child}; {keeps}; child.wait()", 3) == "not done after 3 s"
+    assert child_is_gone()
+    assert reason(f"{child}; {keeps}; raise SystemExit(3)") == "ended with status 3"
+    assert child_is_gone()
     (tmp_path / "result").touch()
     assert reason("pass") is None
 
@@ -349,6 +405,12 @@ def test_pictures_show_rows_that_ran_and_lines_say_what_checks_found(tmp_path: P
     draw(results, tmp_path / "lines.png")
     assert min((tmp_path / name).stat().st_size for name in ("bars.png", "lines.png")) > 1000
     line = check_line(
-        {"layout": "cp 2", "gpus": 2, "deviation": 1e-7, "exchanges": {"0": {"cp": {"x": [3.0, 4096.0]}}}}
+        {
+            "layout": "cp 2",
+            "gpus": 2,
+            "dtype": "float32",
+            "deviation": 1e-7,
+            "exchanges": {"0": {"cp": {"x": [3.0, 4096.0]}}},
+        }
     )
     assert "3 messages, 4,096 bytes" in line

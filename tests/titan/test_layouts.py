@@ -48,7 +48,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, seed: Path) -> tuple[Records
     return records, whole, validations
 
 
-@pytest.mark.parametrize("name", ["fsdp", "replicate", "tp", "pp", "cp, accumulated gradients", "cp x tp"])
+@pytest.mark.parametrize(
+    "name", ["fsdp", "replicate", "tp", "pp", "cp, accumulated gradients", "cp, compiled", "cp x tp"]
+)
 def test_processes_equal_one(tmp_path: Path, seed: Path, alone: Any, name: str) -> None:
     layout = LAYOUTS[name]
     expected, whole, expected_validations = alone
