@@ -67,23 +67,26 @@ def logged(ranks: list[Row]) -> list[list[float]]:
     return max((rank["losses_and_norms"] for rank in ranks), key=lambda steps: [loss for loss, _ in steps])
 
 
-def deviation(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
-    """The largest relative difference of a loss or a gradient norm; infinite where steps or numbers are missing."""
+def deviation(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float | None:
+    """The largest relative difference of a loss or a gradient norm; None where steps or numbers are missing."""
     if len(found) != len(expected) or not found:
-        return float("inf")
+        return None
     pairs = [pair for a, b in zip(found, expected, strict=True) for pair in zip(a, b, strict=True)]
     found_all = all(math.isfinite(number) for pair in pairs for number in pair)
-    return max(abs(a - b) / abs(b) for a, b in pairs) if found_all else float("inf")
+    return max(abs(a - b) / abs(b) for a, b in pairs) if found_all else None
 
 
 def held_against(ranks: list[Row], alone: list[list[float]], tolerance: float) -> Row:
     """A check's row: how far losses and gradient norms are from `alone`'s, and exchanges, if counted, from formulas."""
-    row: Row = {"deviation": deviation(logged(ranks), alone)}
+    far = deviation(logged(ranks), alone)
+    row: Row = {"deviation": far}
     if all("exchanges" in rank for rank in ranks):
         row["differences"] = [f"rank {n}: {text}" for n, rank in enumerate(ranks) for text in rank["differences"]]
         row["exchanges"] = {str(n): rank["exchanges"] for n, rank in enumerate(ranks)}
-    if not row["deviation"] <= tolerance:
-        row["failed"] = f"losses or gradient norms are off by {row['deviation']:.1e}"
+    if far is None:
+        row["failed"] = f"losses and gradient norms must be those of {len(alone)} steps, but are {logged(ranks)}"
+    elif far > tolerance:
+        row["failed"] = f"losses or gradient norms are off by {far:.1e}"
     elif row.get("differences"):
         row["failed"] = "; ".join(row["differences"])
     return row

@@ -288,7 +288,8 @@ def run_job(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         # Other ranks may be waiting in a collective that this one will not join, and then so would it here.
-        if torch.distributed.is_initialized() and (torch.distributed.get_world_size() == 1 or not failed):
+        nobody_waits = job.alone or job.layout.gpus == 1 or not failed
+        if torch.distributed.is_initialized() and nobody_waits:
             torch.distributed.destroy_process_group()
 
 

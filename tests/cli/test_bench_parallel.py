@@ -27,7 +27,7 @@ from megalodon_plugin.cli.bench_parallel_exchanges import differences
 from megalodon_plugin.cli.bench_parallel_launch import command_of_a_rank, run_orders, started, wait_for
 from megalodon_plugin.cli.bench_parallel_rank import Order
 from megalodon_plugin.cli.bench_parallel_report import check_line, draw, table
-from megalodon_plugin.cli.bench_parallel_rows import compare, deviation, merged
+from megalodon_plugin.cli.bench_parallel_rows import compare, deviation, held_against, merged
 from megalodon_plugin.cli.bench_parallel_simulate import simulated_row
 from megalodon_plugin.cli.bench_parallel_trace import MARK, communication
 from megalodon_plugin.cli.bench_train_job import LEAST_STEPS, Job
@@ -148,10 +148,19 @@ def test_what_a_rank_tells_goes_before_what_its_end_looks_like() -> None:
     assert merged([{"failed": "ended with status 1"}, own]) == {"failed": "a step takes more than 1 s"}
 
 
-def test_deviation_is_the_largest_and_missing_steps_are_infinitely_far() -> None:
+def test_deviation_is_the_largest_and_there_is_none_of_what_is_missing() -> None:
     assert deviation([[2.0, 1.1]], [[2.0, 1.0]]) == pytest.approx(0.1)
-    assert deviation([[2.0, 1.0], [float("nan"), 1.0]], [[2.0, 1.0], [1.9, 1.0]]) == float("inf")
-    assert deviation([[2.0, 1.0]], [[2.0, 1.0], [1.0, 1.0]]) == deviation([], []) == float("inf")
+    assert deviation([[2.0, 1.0], [float("nan"), 1.0]], [[2.0, 1.0], [1.9, 1.0]]) is None
+    assert deviation([[2.0, 1.0]], [[2.0, 1.0], [1.0, 1.0]]) is deviation([], []) is None
+
+
+def test_a_check_fails_where_steps_are_missing_and_where_they_differ() -> None:
+    def check(*steps: list[float]) -> dict[str, Any]:
+        return held_against([{"losses_and_norms": list(steps)}], [[2.0, 1.0], [1.9, 1.0]], 1e-5)
+
+    assert "failed" not in check([2.0, 1.0], [1.9, 1.0])
+    assert "off by 1.0e-01" in check([2.0, 1.0], [1.9, 1.1])["failed"]
+    assert "must be those of 2 steps" in check([2.0, 1.0])["failed"]
 
 
 def test_exchanges_that_differ_from_the_formulas_are_told() -> None:
@@ -414,3 +423,20 @@ def test_pictures_show_rows_that_ran_and_lines_say_what_checks_found(tmp_path: P
         }
     )
     assert "3 messages, 4,096 bytes" in line
+
+
+def test_after_a_simulated_rank_that_fails_the_next_one_begins_anew(tmp_path: Path) -> None:
+    code = """
+import dataclasses, json, sys
+from megalodon_plugin.cli.bench_parallel_rank import Order, run_order
+first = Order.from_dict(json.loads(sys.argv[1]))
+print(run_order(dataclasses.replace(first, longest_step=1e-6))["failed"])
+other = dataclasses.replace(first.job, layout=dataclasses.replace(first.job.layout, cp=4))
+print(run_order(dataclasses.replace(first, job=other))["tokens_per_s"] > 0)
+"""
+    order = json.dumps(Order(small_job("cp 2", rows=2, alone=True), 4).as_dict())
+    done = subprocess.run(
+        [sys.executable, "-c", code, order], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-2:] == ["a step takes more than 1e-06 s", "True"]
