@@ -76,7 +76,7 @@ def started(command: list[str], folder: Path, log: Path) -> Iterator[psutil.Pope
             for one in left:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
-            process.wait()
+            psutil.wait_procs([*left, process], timeout=10)
 
 
 def wait_for(paths: Sequence[Path], process: psutil.Popen, timeout: float, log: Path, begin: int = 0) -> str | None:

@@ -4,17 +4,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from megalodon_plugin.cli.bench_parallel import SMALL
 from megalodon_plugin.cli.bench_parallel_cases import (
     ONE,
-    Case,
     default_layouts,
     name_of,
     parse_layout,
@@ -24,15 +21,10 @@ from megalodon_plugin.cli.bench_parallel_cases import (
     weak,
 )
 from megalodon_plugin.cli.bench_parallel_exchanges import differences
-from megalodon_plugin.cli.bench_parallel_launch import command_of_a_rank, run_orders, started, wait_for
 from megalodon_plugin.cli.bench_parallel_rank import Order
 from megalodon_plugin.cli.bench_parallel_report import check_line, draw, table
 from megalodon_plugin.cli.bench_parallel_rows import compare, deviation, held_against, merged
-from megalodon_plugin.cli.bench_parallel_simulate import simulated_row
-from megalodon_plugin.cli.bench_parallel_trace import MARK, communication
-from megalodon_plugin.cli.bench_train_job import LEAST_STEPS, Job
 from megalodon_plugin.cli.main import main
-from megalodon_plugin.parallel.traffic import Exchange, Links
 
 from tiny_job import environment
 
@@ -173,108 +165,6 @@ def test_exchanges_that_differ_from_the_formulas_are_told() -> None:
     assert len(differences(planned, {})) == 2
 
 
-def kernel(name: str, begin: float, end: float, **arguments: Any) -> dict[str, Any]:
-    return {"ph": "X", "cat": "kernel", "name": name, "ts": begin, "dur": end - begin, "args": arguments}
-
-
-def message(collective: str, numbers: int, dtype: str = "Float") -> dict[str, Any]:
-    parts = {"In msg nelems": numbers, "Out msg nelems": 2 * numbers}
-    if "reduce_scatter" in collective:
-        parts = {"In msg nelems": 2 * numbers, "Out msg nelems": numbers}
-    return {"Collective name": collective, "dtype": dtype, "Group size": 2} | parts
-
-
-def exchange(dimension: str, kind: str, part: int) -> Exchange:
-    return Exchange(dimension, "", kind, 2, 1, part, 1, 1, 1, 2)
-
-
-def test_communication_is_what_nccl_runs_and_exposed_where_nothing_else_does() -> None:
-    known = [exchange("fsdp", "all-gather", 2000), exchange("cp", "all-gather", 128), exchange("pp", "send", 64)]
-    events = [
-        kernel("gemm", -50, -10),
-        kernel("gemm", 0, 40),
-        kernel("gemm", 30, 50),  # overlaps the one before: 0 to 50 is busy
-        kernel("ncclDevKernel_AllGather", 40, 60, **message("_allgather_base", 1010, "BFloat16")),  # padded by 1%
-        kernel("ncclDevKernel_AllGather", 55, 70, **message("allgather_into_tensor_coalesced", 32)),
-        kernel("norm", 75, 90),
-        kernel("ncclDevKernel_SendRecv", 90, 95),
-        kernel("ncclDevKernel_AllReduce", 95, 100, **message("allreduce", 1)),
-        {"ph": "X", "cat": "cpu_op", "name": "nccl:all_gather", "ts": 0, "dur": 500},
-        {"ph": "X", "cat": "user_annotation", "name": MARK, "ts": -5, "dur": 500},
-        {"ph": "i", "name": "mark", "ts": 1000},
-    ]
-    found = communication(events, known)
-    assert (found["share"], found["exposed"], found["idle"]) == pytest.approx((0.40, 0.30, 0.05))  # 40-70, 90-100
-    assert found["seconds"] == pytest.approx(100e-6)
-    shares = {name: (of["share"], of["exposed"]) for name, of in found["dimensions"].items()}
-    assert shares == {"fsdp": (0.2, 0.1), "cp": (0.15, 0.15), "pp": (0.05, 0.05), "other": (0.05, 0.05)}
-    assert found["dimensions"]["cp"]["durations"] == pytest.approx([15e-6])
-    assert [found["dimensions"][name]["ranks"] for name in ("cp", "pp")] == [[2], [0]]
-    assert communication(events)["dimensions"].keys() == {"other"}
-    assert communication([])["share"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("collective", "numbers", "dimension"),
-    [
-        ("reduce_scatter_tensor_coalesced", 100, "tp"),
-        ("_reduce_scatter_base", 960, "fsdp"),
-        ("_reduce_scatter_base", 800, "other"),  # too few for any padding
-        ("allreduce", 32, "tp"),  # the whole tensor, of which a part is half
-        ("_allgather_base", 100, "other"),
-    ],
-)
-def test_a_message_belongs_to_the_exchange_of_its_kind_and_size(collective: str, numbers: int, dimension: str) -> None:
-    known = [
-        exchange("fsdp", "reduce-scatter", 4000),
-        exchange("tp", "reduce-scatter", 400),
-        exchange("tp", "all-reduce", 64),
-    ]
-    found = communication([kernel("ncclDevKernel", 0, 1, **message(collective, numbers))], known)
-    assert found["dimensions"].keys() == {dimension}
-
-
-def test_what_a_message_takes_without_waiting_is_the_time_of_the_rank_that_comes_last() -> None:
-    def rank(*durations: float, size: int = 2) -> dict[str, Any]:
-        of_cp = {"share": sum(durations), "exposed": 0.0, "durations": list(durations), "ranks": [size]}
-        found = {"share": 0.1, "exposed": 0.0, "idle": 0.0, "seconds": 2.0, "dimensions": {"cp": of_cp}}
-        return {"seconds": 1.0, "losses_and_norms": [[2.0, 1.0]], "communication": found}
-
-    of_cp = merged([rank(0.5, 0.1), rank(0.2, 0.3)])["communication"]["dimensions"]["cp"]
-    assert of_cp == {"share": 0.6, "exposed": 0.0, "transfer": pytest.approx(0.15), "messages": 2}
-    # Where ranks have other messages, and where not all of them share one, nobody is known to be last.
-    assert merged([rank(0.5, 0.1), rank(0.2)])["communication"]["dimensions"]["cp"]["transfer"] is None
-    several = [rank(0.5, size=2)] * 4
-    assert merged(several)["communication"]["dimensions"]["cp"]["transfer"] is None
-
-
-def small_job(name: str, rows: int = 8, **more: Any) -> Job:
-    layout = parse_layout(name)
-    how: dict[str, Any] = {"compiled": False, "low_precision": False, "layout": layout, "rows": rows}
-    return Job("megalodon", tuple(SMALL.items()), rows // layout.data, 128, **how | more)
-
-
-def test_orders_survive_their_file() -> None:
-    order = Order(small_job("fsdp 2 x cp 4"), 3, count=True)
-    assert Order.from_dict(json.loads(json.dumps(order.as_dict()))) == order
-
-
-def test_one_rank_alone_is_measured_and_its_links_simulated(tmp_path: Path) -> None:
-    job = small_job("fsdp 4 x cp 2", rows=4, alone=True)
-    command = [sys.executable, *command_of_a_rank([Order(job, 4)], tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    measured = json.loads((tmp_path / "0.0.json").read_text())
-    assert measured["tokens_per_s"] * measured["seconds"] == pytest.approx(4 * 128)  # of all eight ranks
-    case = Case("simulated", "debug", "megalodon", job.layout, 4, 128, 1)
-    found = simulated_row(case, job, measured, Links())
-    assert found["simulated"]
-    assert found["seconds"] == pytest.approx(measured["seconds"] + sum(found["exposed"].values()))
-    # 2 x 8 norms and 8 CEMAs forward and backward, and the final norm: two microseconds-long messages of 1 doubling.
-    assert found["exposed"]["cp"] == pytest.approx((2 * 8 * 2 + 2) * 10e-6, rel=0.01)
-    assert 0 < found["exposed"]["fsdp"] < found["exchanged"]["fsdp"]
-
-
 def test_simulated_cases_begin_with_one_gpu_and_say_so() -> None:
     cases = simulated_cases(["debug"], [8, 256], 1024)
     assert [name_of(case.layout) for case in cases][:3] == ["1", "fsdp 8", "cp 8"]
@@ -358,48 +248,6 @@ def test_wrong_options_are_refused_before_anything_runs(options: list[str], mess
     assert not (tmp_path / "out").exists()
 
 
-def test_orders_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path: Path) -> None:
-    wrong = small_job("cp 2", rows=2)
-    wrong = replace(wrong, length=120)  # not whole chunks for two ranks
-    good = Order(small_job("cp 2", rows=2), 4)
-    slow = replace(good, longest_step=1e-6)
-    short = replace(good, steps=50, enough=1e-6)
-    one, failed, too_slow, last = run_orders([good, Order(wrong, 4), slow, short], 120, tmp_path / "log")
-    assert [len(ranks) for ranks in (one, failed, too_slow, last)] == [2] * 4
-    assert all("must be a multiple of" in rank["failed"] for rank in failed)
-    assert merged(too_slow) == {"failed": "a step takes more than 1e-06 s"}
-    assert [rank["steps"] for rank in one] == [1, 1]
-    assert [rank["steps"] for rank in last] == [LEAST_STEPS] * 2
-    assert [rank["losses_and_norms"] for rank in one] == [rank["losses_and_norms"] for rank in last]
-
-
-def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(tmp_path: Path) -> None:
-    def reason(code: str, timeout: float = 60) -> str | None:
-        (tmp_path / "log").unlink(missing_ok=True)
-        with started([sys.executable, "-c", code, str(tmp_path)], tmp_path, tmp_path / "log") as process:
-            found = wait_for([tmp_path / "result"], process, timeout, tmp_path / "log")
-        assert not process.is_running()
-        return found
-
-    assert reason("raise ValueError('no such thing')") == "ValueError: no such thing"
-    assert reason("raise SystemExit(3)") == "ended with status 3"
-    # A child in a session of its own, as a rank of torchrun is.
-    sleeps = f"[sys.executable, '-c', 'import time; time.sleep(1000)', {str(tmp_path)!r}]"
-    child = f"import pathlib, subprocess, sys; child = subprocess.Popen({sleeps}, start_new_session=True)"
-    keeps = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))"
-
-    def child_is_gone() -> bool:
-        pid = int((tmp_path / "pid").read_text())
-        return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-    assert reason(f"{child}; {keeps}; child.wait()", 3) == "not done after 3 s"
-    assert child_is_gone()
-    assert reason(f"{child}; {keeps}; raise SystemExit(3)") == "ended with status 3"
-    assert child_is_gone()
-    (tmp_path / "result").touch()
-    assert reason("pass") is None
-
-
 def test_pictures_show_rows_that_ran_and_lines_say_what_checks_found(tmp_path: Path) -> None:
     rows = [row("1", 100.0), row("cp 2", 180.0), row("1", 100.0, "strong"), row("cp 2", 150.0, "strong")]
     rows.append(row("fsdp 8", 700.0, "simulated", seconds=0.11, work_seconds=0.1))
@@ -423,20 +271,3 @@ def test_pictures_show_rows_that_ran_and_lines_say_what_checks_found(tmp_path: P
         }
     )
     assert "3 messages, 4,096 bytes" in line
-
-
-def test_after_a_simulated_rank_that_fails_the_next_one_begins_anew(tmp_path: Path) -> None:
-    code = """
-import dataclasses, json, sys
-from megalodon_plugin.cli.bench_parallel_rank import Order, run_order
-first = Order.from_dict(json.loads(sys.argv[1]))
-print(run_order(dataclasses.replace(first, longest_step=1e-6))["failed"])
-other = dataclasses.replace(first.job, layout=dataclasses.replace(first.job.layout, cp=4))
-print(run_order(dataclasses.replace(first, job=other))["tokens_per_s"] > 0)
-"""
-    order = json.dumps(Order(small_job("cp 2", rows=2, alone=True), 4).as_dict())
-    done = subprocess.run(
-        [sys.executable, "-c", code, order], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-2:] == ["a step takes more than 1e-06 s", "True"]
