@@ -23,7 +23,10 @@ from typing import Any
 import torch
 
 from megalodon_plugin import __version__
+from megalodon_plugin.model import PRESETS
+from megalodon_plugin.parallel.chunk import check_chunk_parallel
 from megalodon_plugin.parallel.estimate import Layout
+from megalodon_plugin.parallel.tensor import check_tensor_parallel
 from megalodon_plugin.parallel.traffic import Links
 
 from .bench_ops import commit_of_this_code
@@ -184,7 +187,7 @@ class ParallelBench:
                 # What the host does to attention for context parallelism stays in a process.
                 group = groups.setdefault((model, layout.gpus, layout.cp > 1), [])
                 for case in self._cases(model, layout):
-                    reason = reason_against(case, mixed_precision=self.on_gpu)
+                    reason = reason_against(case, mixed_precision=self.on_gpu) or _reason_of_model(case)
                     if reason is None:
                         group.append(case)
                     else:
@@ -255,6 +258,24 @@ class ParallelBench:
 
     def _know_device(self, row: Row) -> None:
         self.results["device"] = row.pop("device", self.results["device"])
+
+
+def _reason_of_model(case: Case) -> str | None:
+    """Why the model's sizes do not allow the layout; None if they do."""
+    layout, (own, llama) = case.layout, SIZES[case.size]
+    options = dict(own)
+    cfg = replace(PRESETS[options.pop("flavor")], **options)
+    n_layers = cfg.n_layers if case.model == "megalodon" else llama["n_layers"]
+    if layout.pp > n_layers:
+        return f"{n_layers} layers are fewer than the {layout.pp} stages of {name_of(layout)}"
+    if case.model == "llama":
+        return None
+    try:
+        check_tensor_parallel(cfg, layout.tp)
+        check_chunk_parallel(case.length, cfg.chunk_size, layout.cp, ("row", "chunk_size", "cp"))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _small_job(layout: Layout, low_precision: bool) -> Job:

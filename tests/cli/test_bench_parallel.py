@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megalodon_plugin.cli.bench_parallel import SMALL
+from megalodon_plugin.cli.bench_parallel import SMALL, _reason_of_model
 from megalodon_plugin.cli.bench_parallel_cases import (
     ONE,
     default_layouts,
@@ -86,6 +86,25 @@ def test_what_is_not_timed_is_told() -> None:
     assert reason("tp 2", 50, "llama") == "the host runs Llama under tp 2 in float32, without FSDP"
     assert reason("tp 2", 50, "llama", mixed_precision=False) is None
     assert reason("fsdp 2 x tp 2", 50, "llama") is None
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "name", "reason"),
+    [
+        ("1.3B", "megalodon", "tp 2", None),
+        ("1.3B", "megalodon", "tp 4", "must divide `n_heads` = 2, but is 4"),
+        ("7B-width", "megalodon", "pp 4", None),
+        ("7B-width", "megalodon", "pp 8", "4 layers are fewer than the 8 stages of pp 8"),
+        ("7B-width", "llama", "pp 8", "4 layers are fewer than the 8 stages of pp 8"),
+        ("7B-width", "llama", "fsdp 2 x tp 4", None),
+        ("7B-width", "megalodon", "cp 8", None),
+        ("7B-width", "megalodon", "cp 16", "must be a multiple of `chunk_size` x `cp` = 4096 x 16"),
+    ],
+)
+def test_what_a_models_sizes_do_not_allow_is_told(size: str, model: str, name: str, reason: str | None) -> None:
+    layout = parse_layout(name)
+    found = _reason_of_model(strong(size, model, layout, 32768, 262144, 32768))
+    assert found is None if reason is None else reason in str(found)
 
 
 def row(layout: str, speed: float, scaling: str = "weak", **more: Any) -> dict[str, Any]:
@@ -219,7 +238,7 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
             yield [found, *[found | {"differences": extra}] * (layout.gpus - 1)]
 
     monkeypatch.setattr("megalodon_plugin.cli.bench_parallel.run_orders", run_nothing)
-    layouts = ["--layouts", "cp 2", "tp 2", "pp 2", "--scaling", "weak"]
+    layouts = ["--sizes", "1.3B", "--layouts", "cp 2", "tp 2", "pp 2", "--scaling", "weak"]
     with pytest.raises(SystemExit) as ended:
         main(command(tmp_path, "--gpus", "2", *layouts))
     assert ended.value.code == 1
