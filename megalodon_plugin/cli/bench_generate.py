@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import resource
 import sys
 import time
@@ -24,6 +23,8 @@ from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model.decode import Decoder
 from megalodon_plugin.model.precision import lower_matrices
 from megalodon_plugin.model.reading import Reading, read
+
+from .whole_file import write_json
 
 Row = dict[str, Any]
 # Sizes of Llama with as many parameters, where that is known.
@@ -90,9 +91,7 @@ def run_bench_generate(known: argparse.Namespace) -> None:
             rows.append(_read_llama(llama, text[:length], device))
             _tell(rows[-1])
     known.out.mkdir(parents=True, exist_ok=True)
-    unfinished = known.out / "generate.json.unfinished"
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    unfinished.replace(known.out / "generate.json")
+    write_json(results, known.out / "generate.json")
     draw(results, known.out / "generate.png")
     print(known.out / "generate.json", known.out / "generate.png")
 

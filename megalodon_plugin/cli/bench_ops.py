@@ -19,6 +19,7 @@ from .bench_accuracy import DTYPES, Case, golden_cases, judge, standard_cases
 from .bench_impls import CEMA_ORDER, implementation, norm_groups
 from .bench_problems import cema_parameters, cema_problem, timestep_norm_problem
 from .bench_report import Row, floor_ms, sweep_shapes
+from .whole_file import write_json
 
 MAIN_SHAPES = ((8, 4096, 1024), (8, 4096, 4096), (1, 32768, 4096))
 QUICK_LENGTHS = (256, 65536, 1048576)
@@ -72,7 +73,7 @@ class Bench:
 
     def write(self, name: str) -> None:
         """Write what is known so far."""
-        bench_report.write_json(self.report, self.options.out / name)
+        write_json(self.report, self.options.out / name)
 
     # Correctness
 

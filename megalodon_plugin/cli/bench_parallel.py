@@ -5,7 +5,7 @@ Three parts, each optional, in this order:
 1. Checks. A small model takes two steps under every layout, in float32 and in bfloat16; losses and gradient norms must
    be those of one process, messages and bytes those of docs/scaling.md. A layout that fails is not timed.
 2. Times. Weak and strong scaling of training steps in the host, as `bench train` takes them.
-3. Simulation. One process computes one rank's part of a layout of 8, 64 or 256 GPUs, with the host's fake backend in
+3. Simulation. One process computes one rank's part of a layout of 2 to 256 GPUs, with the host's fake backend in
    place of the others; published link speeds give the rest. Such rows say "simulated".
 
 What is checked or timed runs in processes of its own. After a failure the rest goes on in new ones.
@@ -13,7 +13,6 @@ What is checked or timed runs in processes of its own. After a failure the rest 
 
 import argparse
 import datetime
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -48,6 +47,7 @@ from .bench_parallel_rows import Row, compare, held_against, logged, merged, rea
 from .bench_parallel_simulate import simulated_row
 from .bench_train import SIZES
 from .bench_train_job import Job, check_steps
+from .whole_file import write_json
 
 SMALL = {
     "flavor": "debug",
@@ -146,9 +146,7 @@ class ParallelBench:
         """Efficiencies of the rows so far, and all of it into parallel.json."""
         self.results["rows"].sort(key=work)
         compare(self.results["rows"])
-        unfinished = self.known.out / "parallel.json.unfinished"
-        unfinished.write_text(json.dumps(self.results, indent=1, allow_nan=False) + "\n")
-        unfinished.replace(self.known.out / "parallel.json")
+        write_json(self.results, self.known.out / "parallel.json", allow_nan=False)
 
     def check(self, layouts: Sequence[Layout]) -> set[str]:
         """Names of the layouts that failed."""

@@ -23,6 +23,7 @@ from megalodon_plugin.parallel.traffic import Exchange
 from .bench_parallel_exchanges import ExchangeCounter, differences, exchanges_by_formula, summed
 from .bench_parallel_trace import trace_step
 from .bench_train_job import Job, TimedTrainer, free_port, run_job
+from .whole_file import write_text
 
 
 @dataclass(frozen=True)
@@ -92,22 +93,15 @@ def main() -> None:
     for number, order in enumerate(orders):
         port = folder / f"{number}.port"
         if rank == "0":
-            _write(port, str(free_port()))
+            write_text(str(free_port()), port)
         while not port.is_file():
             time.sleep(0.01)
         os.environ["MASTER_PORT"] = port.read_text()
         row = run_order(order)
-        _write(folder / f"{number}.{rank}.json", json.dumps(row))
+        write_text(json.dumps(row), folder / f"{number}.{rank}.json")
         if "failed" in row:
             # The other ranks wait for this one, as long as a collective may take, unless it is seen to fail.
             os._exit(1)
-
-
-def _write(path: Path, text: str) -> None:
-    """At once, for whoever waits for the file."""
-    unfinished = path.with_suffix(f"{path.suffix}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What a benchmark has found: floors, tables for the terminal, JSON and a picture."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -116,13 +115,6 @@ def accuracy_table(rows: list[Row]) -> str:
         columns = [(name, name, "") for name in ("op", "impl", "dtype", "case")] + [("at most", "limit", ".1f")]
         tables.append(table(list(lines.values()), columns + [(name, name, "") for name in quantities]))
     return "\n\n".join(tables)
-
-
-def write_json(report: Row, path: Path) -> None:
-    """Write the report so that a reader sees the old file or the whole new one."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(report, indent=1, allow_nan=True) + "\n")
-    unfinished.replace(path)
 
 
 def draw(report: Row, path: Path) -> None:

@@ -6,10 +6,8 @@ with selective activation checkpointing ("op"), each with its own list of what i
 
 import argparse
 import datetime
-import json
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from .bench_ops import commit_of_this_code
 from .bench_train_job import Job, check_steps, free_port, run_job
 from .bench_train_profile import print_shares, shares
 from .bench_train_report import draw, table
+from .whole_file import write_json
 
 # (options of [megalodon], sizes of the host's Llama with as many parameters)
 SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
@@ -61,7 +60,7 @@ def run_bench_train(known: argparse.Namespace) -> None:
                 row = _measure(known, size, model, length, results["rows"], on_gpu)
                 results["rows"].append(row)
                 print(table([row], header=len(results["rows"]) == 1), flush=True)
-                _write(results, known.out)
+                write_json(results, known.out / "train.json")
     draw(results, known.out / "train.png")
     print(table(results["rows"], ratios=True))
     print(known.out / "train.json", known.out / "train.png")
@@ -102,9 +101,3 @@ def _one_process() -> None:
         os.environ[name] = str(value)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
-def _write(results: dict[str, Any], folder: Path) -> None:
-    unfinished = folder / "train.json.unfinished"
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    unfinished.replace(folder / "train.json")

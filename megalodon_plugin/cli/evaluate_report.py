@@ -1,11 +1,12 @@
 """The results of an evaluation: numbers as JSON and a picture."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from megalodon_plugin.model.scoring import Score
+
+from .whole_file import write_json
 
 
 def result_of(score: Score, seconds: float, peak_mib: float, n_bytes: int) -> dict[str, Any]:
@@ -28,9 +29,7 @@ def result_of(score: Score, seconds: float, peak_mib: float, n_bytes: int) -> di
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write evaluation.json and evaluation.png."""
-    unfinished = folder / "evaluation.json.unfinished"
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    unfinished.replace(folder / "evaluation.json")
+    write_json(report, folder / "evaluation.json")
     draw(report, folder / "evaluation.png")
 
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .whole_file import write_json
+
 LOSS = {"train": "loss_metrics/global_avg_loss", "validation": "validation_metrics/loss"}
 
 
@@ -68,7 +70,5 @@ def plot_run(run: Path, levels: dict[str, float] | None = None) -> Path:
     figure.savefig(picture, dpi=120)
     plt.close(figure)
     numbers = {kind: [{"step": s, "loss": v} for s, v in zip(*curve, strict=True)] for kind, curve in curves.items()}
-    unfinished = run / "loss.json.unfinished"
-    unfinished.write_text(json.dumps(numbers | {"levels": levels}, indent=1) + "\n")
-    unfinished.replace(numbers_file)
+    write_json(numbers | {"levels": levels}, numbers_file)
     return picture

@@ -10,6 +10,7 @@ import torch
 from megalodon_plugin.cli import bench, bench_accuracy, bench_impls, bench_layer, bench_ops, bench_report, bench_timing
 from megalodon_plugin.cli.bench_problems import cema_parameters, cema_problem, solve, timestep_norm_problem
 from megalodon_plugin.cli.main import main
+from megalodon_plugin.cli.whole_file import write_json
 from megalodon_plugin.model import PRESETS
 
 CPU = torch.device("cpu")
@@ -213,7 +214,7 @@ def test_report_is_written_whole_and_drawn(tmp_path, capsys: pytest.CaptureFixtu
     ]
     rows += [made_up_row(op, "cuda", shape) for op in bench.OPS for shape in bench_report.sweep_shapes()]
     rows.append(made_up_row("layer", "cuda", (8, 4096, 4096)))
-    bench_report.write_json(made_up_report(rows), tmp_path / "ops.json")
+    write_json(made_up_report(rows), tmp_path / "ops.json")
     main(["bench", "plot", str(tmp_path)])
     assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "ops.json").read_text())["rows"] == rows

@@ -11,10 +11,7 @@ import psutil
 import pytest
 
 from megalodon_plugin.cli.bench_parallel import SMALL
-from megalodon_plugin.cli.bench_parallel_cases import (
-    Case,
-    parse_layout,
-)
+from megalodon_plugin.cli.bench_parallel_cases import Case, parse_layout
 from megalodon_plugin.cli.bench_parallel_launch import command_of_a_rank, run_orders, started, wait_for
 from megalodon_plugin.cli.bench_parallel_rank import Order
 from megalodon_plugin.cli.bench_parallel_rows import merged
