@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megalodon_plugin.ops.backend import use_kernels
+from megalodon_plugin.ops.dispatch import use_kernels
 
 from .bench_problems import COEFFICIENTS, Call, Problem, cema_problem, solve, timestep_norm_problem
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megalodon_plugin.model import PRESETS, MegalodonConfig
 from megalodon_plugin.model.block import MegalodonBlock
-from megalodon_plugin.ops.backend import use_kernels
+from megalodon_plugin.ops.dispatch import use_kernels
 
 from .bench_timing import measure, size
 

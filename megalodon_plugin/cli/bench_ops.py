@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_plugin.ops.backend import use_kernels
+from megalodon_plugin.ops.dispatch import use_kernels
 
 from . import bench_layer, bench_report, bench_timing
 from .bench import OPS

@@ -14,7 +14,7 @@ from torch import nn
 
 from megalodon_plugin.model import MegalodonConfig
 from megalodon_plugin.model.feed_forward import FeedForward
-from megalodon_plugin.ops.cema_plan import make_plan
+from megalodon_plugin.ops.cema.tiles import make_plan
 from megalodon_plugin.ops.checks import ACTIVATION_DTYPES
 
 from .tensor import LAYER_PLAN, ROOT_PLAN, TIED_ROOT_PLAN

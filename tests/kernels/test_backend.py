@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megalodon_plugin.kernels import KernelUnavailable
-from megalodon_plugin.ops import backend
-from megalodon_plugin.ops.backend import available, kernels_mode, set_kernels, use_kernels
+from megalodon_plugin.ops import dispatch as backend
+from megalodon_plugin.ops.dispatch import available, kernels_mode, set_kernels, use_kernels
 
 X = torch.zeros(2)
 
@@ -117,7 +117,7 @@ def run_with(value: str | None, folder: Path) -> subprocess.CompletedProcess[str
     environment = {name: word for name, word in os.environ.items() if name != "MEGALODON_KERNELS"}
     if value is not None:
         environment["MEGALODON_KERNELS"] = value
-    program = "from megalodon_plugin.ops.backend import kernels_mode; print(kernels_mode())"
+    program = "from megalodon_plugin.ops.dispatch import kernels_mode; print(kernels_mode())"
     command = [sys.executable, "-c", program]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False

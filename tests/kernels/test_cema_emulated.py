@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from megalodon_plugin import kernels
-from megalodon_plugin.ops import cema_cuda
-from megalodon_plugin.ops.cema import cema_definition
+from megalodon_plugin.ops.cema import cuda as cema_cuda
+from megalodon_plugin.ops.cema.op import cema_definition
 
 import emulator
 

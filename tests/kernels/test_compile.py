@@ -44,7 +44,7 @@ BUDGETS: dict[str | tuple[str, str], Budget] = {
     "timestep_norm_parameters": Budget(48, 0),
 }
 
-OPS = tuple(f"megalodon_plugin.ops.{name}" for name in ("cema_cuda", "timestep_norm_cuda", "norm_summary_cuda"))
+OPS = tuple(f"megalodon_plugin.ops.{name}" for name in ("cema.cuda", "timestep_norm.cuda", "timestep_norm.slices_cuda"))
 
 SPILLS = """
 extern "C" __global__ void __launch_bounds__(1024) spills(float* x) {

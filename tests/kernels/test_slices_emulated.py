@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from megalodon_plugin import kernels
-from megalodon_plugin.ops import cema_cuda, cema_slice, cema_slice_cuda, norm_summary_cuda
-from megalodon_plugin.ops.norm_summary import norm_summary
+from megalodon_plugin.ops.cema import cuda as cema_cuda
+from megalodon_plugin.ops.cema import slices as cema_slice
+from megalodon_plugin.ops.cema import slices_cuda as cema_slice_cuda
+from megalodon_plugin.ops.timestep_norm import slices_cuda as norm_summary_cuda
+from megalodon_plugin.ops.timestep_norm.slices import norm_summary
 
 import emulator
 

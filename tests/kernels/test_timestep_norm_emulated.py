@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from megalodon_plugin import kernels
-from megalodon_plugin.ops import NormState, timestep_norm_cuda
-from megalodon_plugin.ops.timestep_norm import timestep_norm, timestep_norm_definition
+from megalodon_plugin.ops import NormState
+from megalodon_plugin.ops.timestep_norm import cuda as timestep_norm_cuda
+from megalodon_plugin.ops.timestep_norm.op import timestep_norm, timestep_norm_definition
 
 import emulator
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from megalodon_plugin.ops import chunk_attention, chunk_attention_cuda, chunk_attention_dense
-from megalodon_plugin.ops.backend import use_kernels
-from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
+from megalodon_plugin.ops import chunk_attention
+from megalodon_plugin.ops.chunk_attention import dense as chunk_attention_dense
+from megalodon_plugin.ops.chunk_attention import hopper as chunk_attention_cuda
+from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
+from megalodon_plugin.ops.dispatch import use_kernels
 
 pytestmark = [
     pytest.mark.gpu,

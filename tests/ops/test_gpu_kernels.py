@@ -21,7 +21,7 @@ from megalodon_plugin.cli.bench_accuracy import (
 )
 from megalodon_plugin.cli.bench_problems import Problem, cema_problem, solve, timestep_norm_problem
 from megalodon_plugin.ops import NormState, cema, timestep_norm
-from megalodon_plugin.ops.backend import use_kernels
+from megalodon_plugin.ops.dispatch import use_kernels
 
 from golden_cases import FOLDER, requires_golden
 

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_plugin import kernels
 from megalodon_plugin.cli.bench_problems import CALLS, Problem, cema_problem, solve, timestep_norm_problem
-from megalodon_plugin.ops import backend
-from megalodon_plugin.ops.backend import use_kernels
+from megalodon_plugin.ops import dispatch as backend
+from megalodon_plugin.ops.dispatch import use_kernels
 
 pytestmark = [
     pytest.mark.gpu,

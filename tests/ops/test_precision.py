@@ -195,7 +195,7 @@ class LargestTensor(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.numbers = 0
-        module = sys.modules["megalodon_plugin.ops.cema"]  # the name in the package is that of the function
+        module = sys.modules["megalodon_plugin.ops.cema.op"]  # the name in the package is that of the function
         ops = torch.ops.megalodon
         self.bodies = {
             ops.cema.default: module._forward_impl,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig
-from megalodon_plugin.ops.backend import use_kernels
+from megalodon_plugin.ops.dispatch import use_kernels
 from megalodon_plugin.parallel import chunk, collectives
 from megalodon_plugin.parallel.collectives import Ranks, wait
 

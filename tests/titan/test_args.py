@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model import attention as attention_module
-from megalodon_plugin.ops import backend
-from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
+from megalodon_plugin.ops import dispatch as backend
+from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
 from megalodon_plugin.titan import layout
 from megalodon_plugin.titan.args import MODEL_OPTIONS, Flavors, MegalodonModelArgs
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .checks import compute_dtype
-from .chunk_stretches import Stretch
+from ..checks import compute_dtype
+from .runs import Stretch
 
 # Scores made at a time: 64 Mi numbers are 256 MiB in float32, far more than a GPU needs to be busy.
 SCORES_AT_ONCE = 1 << 26

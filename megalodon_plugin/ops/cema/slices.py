@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, cema_slice_cuda
-from . import cema_blocks as blocks
-from .cema import kernel_plan
-from .checks import check_activation, compute_dtype, without_autocast
-from .register import define_op
+from .. import dispatch as backend
+from ..checks import check_activation, compute_dtype, without_autocast
+from ..library import define_op
+from . import blocks
+from . import slices_cuda as cema_slice_cuda
+from .op import kernel_plan
 
 
 class CemaParameters(NamedTuple):

@@ -7,10 +7,11 @@ slice's statistics need no walk over time; `timestep_norm.merge_norm_states` joi
 import torch
 from torch import Tensor
 
-from . import backend, norm_summary_cuda
-from .checks import check_activation, compute_dtype, without_autocast
-from .register import define_gradient, define_op
-from .timestep_norm import NormState
+from .. import dispatch as backend
+from ..checks import check_activation, compute_dtype, without_autocast
+from ..library import define_gradient, define_op
+from . import slices_cuda as norm_summary_cuda
+from .op import NormState
 
 
 def norm_summary(x: Tensor, num_groups: int, dtype: torch.dtype) -> NormState:

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from . import chunk_attention_cuda, chunk_attention_dense
-from .backend import available
-from .checks import check_activation, compute_dtype, without_autocast
-from .chunk_stretches import stretches
-from .register import define_gradient, define_op
+from ..checks import check_activation, compute_dtype, without_autocast
+from ..dispatch import available
+from ..library import define_gradient, define_op
+from . import dense as chunk_attention_dense
+from . import hopper as chunk_attention_cuda
+from .runs import stretches
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Tensor:

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from megalodon_plugin import kernels
 
-from .cema_cuda import Call, packed, stream_of, structure
-from .cema_plan import PASS_BLOCKS, Plan, make_plan
+from .cuda import Call, packed, stream_of, structure
+from .tiles import PASS_BLOCKS, Plan, make_plan
 
 _Fold = structure(
     "_Fold",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megalodon_plugin import kernels
 
-from .cema_cuda import multiprocessors, packed, stream_of, structure
+from ..cema.cuda import multiprocessors, packed, stream_of, structure
 
 _LANES, _ROWS, _FINISH_THREADS = 32, 8, 128
 _BLOCKS_PER_PROCESSOR = 4  # of 256 threads, each with 4 loads of 16 bytes under way: 64 KB, more than the latency holds

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalodon_plugin.kernels import KernelUnavailable
 
-from .chunk_stretches import Stretch
+from .runs import Stretch
 
 BLOCK = 128
 """Chunks and values are cut into blocks of this many; so must be their sizes."""

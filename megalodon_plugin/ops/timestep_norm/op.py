@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, timestep_norm_cuda
-from .checks import check_activation, check_parameter, compute_dtype, without_autocast
-from .register import define_gradient, define_op
+from .. import dispatch as backend
+from ..checks import check_activation, check_parameter, compute_dtype, without_autocast
+from ..library import define_gradient, define_op
+from . import cuda as timestep_norm_cuda
 
 
 class NormState(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalodon_plugin import kernels
 
-from .cema_plan import (
+from .tiles import (
     PASS_BLOCKS,
     VARIANTS,
     Plan,

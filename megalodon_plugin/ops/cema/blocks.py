@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import compute_dtype
+from ..checks import compute_dtype
 
 BLOCK = 64  # steps: the products inside a block cost T, those with the state 4N multiply-adds an element; N is 16
 

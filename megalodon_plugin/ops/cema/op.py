@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backend, cema_cuda
-from . import cema_blocks as blocks
-from .checks import check_activation, check_parameter, compute_dtype, without_autocast
-from .register import define_gradient, define_op
+from .. import dispatch as backend
+from ..checks import check_activation, check_parameter, compute_dtype, without_autocast
+from ..library import define_gradient, define_op
+from . import blocks
+from . import cuda as cema_cuda
 
 CEMA_INPUTS = ("released", "paper")
 

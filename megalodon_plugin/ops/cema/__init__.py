@@ -1,0 +1,1 @@
+"""CEMA: the op, its definition, and the code that runs it."""

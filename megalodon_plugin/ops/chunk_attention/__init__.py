@@ -1,0 +1,1 @@
+"""Attention inside chunks: the op, its definition, and the code that runs it."""

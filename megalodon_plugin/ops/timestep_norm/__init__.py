@@ -1,0 +1,1 @@
+"""TimestepNorm: the op, its definition, its state, and the code that runs it."""
