@@ -20,9 +20,9 @@ from torch import nn
 
 from megalodon_plugin import __version__
 from megalodon_plugin.model import PRESETS, Megalodon
-from megalodon_plugin.model.decode import Decoder
+from megalodon_plugin.model.inference.decode import Decoder
+from megalodon_plugin.model.inference.prefill import Reading, read
 from megalodon_plugin.model.precision import lower_matrices
-from megalodon_plugin.model.reading import Reading, read
 
 from .whole_file import write_json
 

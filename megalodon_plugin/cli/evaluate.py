@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megalodon_plugin import __version__
 from megalodon_plugin.model import Megalodon
-from megalodon_plugin.model.norm_window import PIECE_CHUNKS
-from megalodon_plugin.model.reading import fingerprint
-from megalodon_plugin.model.scoring import Score, score_from, score_tensors, score_text
+from megalodon_plugin.model.inference.norm_window import PIECE_CHUNKS
+from megalodon_plugin.model.inference.prefill import fingerprint
+from megalodon_plugin.model.inference.scoring import Score, score_from, score_tensors, score_text
 from megalodon_plugin.model.state import read_tensors, write_tensors
 
 from .evaluate_report import result_of, write_report

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megalodon_plugin.model.scoring import Score
+from megalodon_plugin.model.inference.scoring import Score
 
 from .whole_file import write_json
 

@@ -8,9 +8,9 @@ from typing import Any, TextIO
 
 import torch
 
-from megalodon_plugin.model.generate import continue_from
-from megalodon_plugin.model.reading import Reading, read
-from megalodon_plugin.model.sampling import Sampling
+from megalodon_plugin.model.inference.generate import continue_from
+from megalodon_plugin.model.inference.prefill import Reading, read
+from megalodon_plugin.model.inference.sampling import Sampling
 
 from .row_texts import RowText, show_in_order
 

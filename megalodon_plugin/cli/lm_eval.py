@@ -15,9 +15,9 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from torch import Tensor
 
-from megalodon_plugin.model.generate import continue_from
-from megalodon_plugin.model.reading import PIECE_TOKENS, read
-from megalodon_plugin.model.sampling import Sampling
+from megalodon_plugin.model.inference.generate import continue_from
+from megalodon_plugin.model.inference.prefill import PIECE_TOKENS, read
+from megalodon_plugin.model.inference.sampling import Sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SLICE_TOKENS = 2048

@@ -1,7 +1,7 @@
 """The Megalodon model in plain PyTorch: no host, no ranks."""
 
 from .config import PRESETS, MegalodonConfig
-from .generate import generate
+from .inference.generate import generate
 from .model import Megalodon
 from .state import LayerState, MegalodonState
 

@@ -14,8 +14,8 @@ from .chunk_cache import attend_after_cache, attend_in_place, first_cache
 from .config import MegalodonConfig
 from .init import init_linear
 from .norm import RMSNorm, TimestepNorm, at_least_float32
+from .rank_hooks import Read, whole
 from .rotary import Rotary
-from .seams import Read, whole
 from .state import LayerState
 
 

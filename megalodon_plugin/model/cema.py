@@ -7,7 +7,7 @@ from megalodon_plugin.ops import cema
 from megalodon_plugin.ops.cema.slices import CemaParameters
 
 from .init import draw, init_theta
-from .seams import CemaPrefix, Read, whole
+from .rank_hooks import CemaPrefix, Read, whole
 
 
 class CEMA(nn.Module):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .config import MegalodonConfig
 from .init import init_linear
 from .norm import LayerNorm
-from .seams import Read, whole
+from .rank_hooks import Read, whole
 
 
 class FeedForward(nn.Module):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from megalodon_plugin.ops import NormState, timestep_norm
 from megalodon_plugin.ops.timestep_norm.slices import norm_summary
 
-from .seams import NormPrefix, Read, whole
+from .rank_hooks import NormPrefix, Read, whole
 
 
 class TimestepNorm(nn.Module):

@@ -12,8 +12,8 @@ from megalodon_plugin.checkpoint.folders import Checkpoint, write_checkpoint
 from megalodon_plugin.cli import evaluate_report
 from megalodon_plugin.cli.main import main
 from megalodon_plugin.model import Megalodon, MegalodonConfig
-from megalodon_plugin.model.norm_window import NormWindow
-from megalodon_plugin.model.scoring import Score
+from megalodon_plugin.model.inference.norm_window import NormWindow
+from megalodon_plugin.model.inference.scoring import Score
 
 from small_model import SIZES
 

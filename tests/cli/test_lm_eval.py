@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megalodon_plugin.checkpoint.folders import Checkpoint, write_checkpoint
-from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
+from megalodon_plugin.model import Megalodon, MegalodonConfig
+from megalodon_plugin.model.inference import generate
 
 from small_model import SIZES
 

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
+from megalodon_plugin.model import Megalodon, MegalodonConfig
+from megalodon_plugin.model.inference import generate
 
 from small_model import SIZES
 

@@ -7,11 +7,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from megalodon_plugin.model import PRESETS, Megalodon
-from megalodon_plugin.model.decode import Decoder
-from megalodon_plugin.model.generate import continue_from
+from megalodon_plugin.model.inference.decode import Decoder
+from megalodon_plugin.model.inference.generate import continue_from
+from megalodon_plugin.model.inference.prefill import read
+from megalodon_plugin.model.inference.sampling import Sampling
 from megalodon_plugin.model.precision import lower_matrices
-from megalodon_plugin.model.reading import read
-from megalodon_plugin.model.sampling import Sampling
 
 pytestmark = [
     pytest.mark.gpu,

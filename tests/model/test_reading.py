@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
-from megalodon_plugin.model.decode import Decoder
-from megalodon_plugin.model.generate import ENDED, continue_from
+from megalodon_plugin.model import Megalodon, MegalodonConfig
+from megalodon_plugin.model.inference import generate
+from megalodon_plugin.model.inference.decode import Decoder
+from megalodon_plugin.model.inference.generate import ENDED, continue_from
+from megalodon_plugin.model.inference.prefill import Reading, read
+from megalodon_plugin.model.inference.sampling import Sampling
 from megalodon_plugin.model.precision import float32_parameters, lower_matrices
-from megalodon_plugin.model.reading import Reading, read
-from megalodon_plugin.model.sampling import Sampling
 
 from small_model import SIZES
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig
-from megalodon_plugin.model.norm_window import NormWindow, statistics_of_piece
-from megalodon_plugin.model.scoring import Score, score_from, score_tensors, score_text, token_losses
+from megalodon_plugin.model.inference.norm_window import NormWindow, statistics_of_piece
+from megalodon_plugin.model.inference.scoring import Score, score_from, score_tensors, score_text, token_losses
 from megalodon_plugin.ops import NormState
 from megalodon_plugin.ops.timestep_norm.op import merge_norm_states
 

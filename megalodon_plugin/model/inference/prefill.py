@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .model import Megalodon
-from .state import MegalodonState, check_state, read_tensors, write_tensors
+from ..model import Megalodon
+from ..state import MegalodonState, check_state, read_tensors, write_tensors
 
 # Tokens that one call reads, over all rows: enough to fill a GPU, far less memory than the weights of a large model.
 PIECE_TOKENS = 16384

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from megalodon_plugin.ops import NormState
 
-from .model import Megalodon
+from ..model import Megalodon
+from ..state import MegalodonState
 from .norm_window import PIECE_CHUNKS, NormWindow
-from .state import MegalodonState
 
 SLICE_TOKENS = 2048
 

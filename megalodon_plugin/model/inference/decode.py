@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .model import Megalodon
-from .state import MegalodonState
+from ..model import Megalodon
+from ..state import MegalodonState
 
 
 class Decoder:

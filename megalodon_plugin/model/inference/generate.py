@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..model import Megalodon
 from .decode import Decoder
-from .model import Megalodon
-from .reading import Reading, read
+from .prefill import Reading, read
 from .sampling import Sampling
 
 ENDED = -1

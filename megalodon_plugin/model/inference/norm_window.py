@@ -11,7 +11,7 @@ import torch
 from megalodon_plugin.ops import NormState
 from megalodon_plugin.ops.timestep_norm.op import merge_norm_states
 
-from .state import MegalodonState
+from ..state import MegalodonState
 
 PIECE_CHUNKS = 2
 FIRST_WINDOWED_CHUNKS = 8
