@@ -24,9 +24,9 @@ import torch
 from megalodon_plugin import __version__
 from megalodon_plugin.model import PRESETS
 from megalodon_plugin.parallel.chunk import check_chunk_parallel
-from megalodon_plugin.parallel.estimate import Layout
-from megalodon_plugin.parallel.tensor import check_tensor_parallel
-from megalodon_plugin.parallel.traffic import Links
+from megalodon_plugin.parallel.tensor_plan import check_tensor_parallel
+from megalodon_plugin.planning.memory import Layout
+from megalodon_plugin.planning.traffic import Links
 
 from .bench_ops import commit_of_this_code
 from .bench_parallel_cases import (

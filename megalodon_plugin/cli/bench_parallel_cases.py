@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megalodon_plugin.parallel.estimate import Layout
+from megalodon_plugin.planning.memory import Layout
 
 DIMENSIONS = {"replicate": "dp_replicate", "fsdp": "dp_shard", "cp": "cp", "tp": "tp", "pp": "pp"}
 """Names of degrees, as tables show them -> fields of `Layout`."""

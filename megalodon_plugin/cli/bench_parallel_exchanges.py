@@ -5,8 +5,8 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalodon_plugin.parallel.estimate import Layout
-from megalodon_plugin.parallel.traffic import Exchange, exchanges_of_step
+from megalodon_plugin.planning.memory import Layout
+from megalodon_plugin.planning.traffic import Exchange, exchanges_of_step
 
 from .plan import job_of, stages_of, work_of
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megalodon_plugin.parallel.traffic import Links
+from megalodon_plugin.planning.traffic import Links
 
 SIZES = ("7B", "7B-width", "1.3B", "200M", "debug")
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from megalodon_plugin.parallel.estimate import Layout
-from megalodon_plugin.parallel.traffic import Exchange
+from megalodon_plugin.planning.memory import Layout
+from megalodon_plugin.planning.traffic import Exchange
 
 from .bench_parallel_exchanges import ExchangeCounter, differences, exchanges_by_formula, summed
 from .bench_parallel_trace import trace_step

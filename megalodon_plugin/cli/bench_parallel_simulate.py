@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from megalodon_plugin.parallel.simulate import simulate_step
-from megalodon_plugin.parallel.traffic import Links, exchanges_of_step
+from megalodon_plugin.planning.step_time import simulate_step
+from megalodon_plugin.planning.traffic import Links, exchanges_of_step
 from megalodon_plugin.titan.entry import read_job
 
 from .bench_parallel_cases import Case

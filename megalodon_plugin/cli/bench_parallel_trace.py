@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megalodon_plugin.parallel.traffic import Exchange
+from megalodon_plugin.planning.traffic import Exchange
 
 from .bench_parallel_exchanges import PADDING
 

@@ -31,7 +31,7 @@ from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.protocols import train_spec
 from torchtitan.tools import utils
 
-from megalodon_plugin.parallel.estimate import Layout
+from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.titan.entry import read_job
 from megalodon_plugin.titan.trainer import MegalodonTrainer
 

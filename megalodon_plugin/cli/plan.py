@@ -15,17 +15,9 @@ from typing import Any
 import torch
 
 from megalodon_plugin.parallel.chunk import check_chunk_parallel
-from megalodon_plugin.parallel.estimate import (
-    Layout,
-    Memory,
-    Parameter,
-    Stage,
-    Work,
-    parameters_of,
-    rank_memory,
-)
-from megalodon_plugin.parallel.tensor import check_tensor_parallel
-from megalodon_plugin.parallel.traffic import Exchange, Links, exchanges_of_step
+from megalodon_plugin.parallel.tensor_plan import check_tensor_parallel
+from megalodon_plugin.planning.memory import Layout, Memory, Parameter, Stage, Work, parameters_of, rank_memory
+from megalodon_plugin.planning.traffic import Exchange, Links, exchanges_of_step
 
 GIB = 2**30
 RESERVE = 0.1

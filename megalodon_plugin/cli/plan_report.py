@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from megalodon_plugin.parallel.estimate import Layout
-from megalodon_plugin.parallel.traffic import Exchange
+from megalodon_plugin.planning.memory import Layout
+from megalodon_plugin.planning.traffic import Exchange
 
 from .plan import GIB, RESERVE, Candidate, Job, candidates, with_checkpointing
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from megalodon_plugin.model.norm import TimestepNorm
 
 from .collectives import Ranks
-from .features import gather_features, gather_vocabulary, scatter_features, sum_gradient, vocabulary_rows
+from .tensor_exchanges import gather_features, gather_vocabulary, scatter_features, sum_gradient, vocabulary_rows
 
 
 @dataclass(frozen=True)

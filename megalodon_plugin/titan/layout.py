@@ -5,7 +5,7 @@ from typing import Any
 from torchtitan.tools.logging import logger
 
 from megalodon_plugin.parallel.chunk import check_chunk_parallel
-from megalodon_plugin.parallel.tensor import check_tensor_parallel
+from megalodon_plugin.parallel.tensor_plan import check_tensor_parallel
 
 OWN_ENTRY = "python -m torch.distributed.run -m megalodon_plugin.cli.train"
 

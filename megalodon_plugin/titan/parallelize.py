@@ -19,7 +19,7 @@ from megalodon_plugin.model.output import OutputLayer
 from megalodon_plugin.model.precision import float32_parameters
 from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
-from megalodon_plugin.parallel.tensor import apply_tensor_parallel
+from megalodon_plugin.parallel.tensor_plan import apply_tensor_parallel
 
 from .job_config import TrainingOptions
 

@@ -17,7 +17,7 @@ from megalodon_plugin.cli.bench_parallel_rank import Order
 from megalodon_plugin.cli.bench_parallel_rows import merged
 from megalodon_plugin.cli.bench_parallel_simulate import simulated_row
 from megalodon_plugin.cli.bench_train_job import LEAST_STEPS, Job
-from megalodon_plugin.parallel.traffic import Links
+from megalodon_plugin.planning.traffic import Links
 
 from tiny_job import environment
 

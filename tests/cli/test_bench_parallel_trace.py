@@ -6,7 +6,7 @@ import pytest
 
 from megalodon_plugin.cli.bench_parallel_rows import merged
 from megalodon_plugin.cli.bench_parallel_trace import MARK, communication
-from megalodon_plugin.parallel.traffic import Exchange
+from megalodon_plugin.planning.traffic import Exchange
 
 
 def kernel(name: str, begin: float, end: float, **arguments: Any) -> dict[str, Any]:

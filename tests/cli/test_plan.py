@@ -12,7 +12,7 @@ import torch
 
 from megalodon_plugin.cli import plan
 from megalodon_plugin.cli.main import main
-from megalodon_plugin.parallel.estimate import Layout, Stage
+from megalodon_plugin.planning.memory import Layout, Stage
 
 from tiny_job import write_job
 

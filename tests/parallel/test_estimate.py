@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_plugin.model import PRESETS, Megalodon, MegalodonConfig
-from megalodon_plugin.parallel import estimate
 from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
-from megalodon_plugin.parallel.estimate import Layout, Parameter, Stage, Work, parameters_of
-from megalodon_plugin.parallel.tensor import apply_tensor_parallel
-from megalodon_plugin.parallel.traffic import Exchange, Links, exchanges_of_step
+from megalodon_plugin.parallel.tensor_plan import apply_tensor_parallel
+from megalodon_plugin.planning import memory as estimate
+from megalodon_plugin.planning.memory import Layout, Parameter, Stage, Work, parameters_of
+from megalodon_plugin.planning.traffic import Exchange, Links, exchanges_of_step
 
 ROWS, LENGTH = 2, 256
 SIZES: dict[str, Any] = {

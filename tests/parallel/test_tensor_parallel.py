@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_plugin.model import PRESETS, Megalodon, MegalodonConfig
-from megalodon_plugin.parallel.tensor import LAYER_PLAN, apply_tensor_parallel, check_tensor_parallel
+from megalodon_plugin.parallel.tensor_plan import LAYER_PLAN, apply_tensor_parallel, check_tensor_parallel
 
 from ranks import run_on_ranks
 

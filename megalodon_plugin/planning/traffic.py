@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megalodon_plugin.model import MegalodonConfig
 
-from .estimate import FLOAT32, Layout, Parameter, Stage, Work, parameters_on
+from .memory import FLOAT32, Layout, Parameter, Stage, Work, parameters_on
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from megalodon_plugin.model import MegalodonConfig
 from megalodon_plugin.model.feed_forward import FeedForward
 from megalodon_plugin.ops.cema.tiles import make_plan
 from megalodon_plugin.ops.checks import ACTIVATION_DTYPES
-
-from .tensor import LAYER_PLAN, ROOT_PLAN, TIED_ROOT_PLAN
+from megalodon_plugin.parallel.tensor_plan import LAYER_PLAN, ROOT_PLAN, TIED_ROOT_PLAN
 
 FLOAT32 = 4
 PARAMETER, GRADIENT, MOMENTS = 4, 4, 8
