@@ -1,5 +1,5 @@
 """State dicts in other formats: functions from state dict to state dict. No host."""
 
-from .authors import from_authors, to_authors
+from .formats.authors_names import from_authors, to_authors
 
 __all__ = ["from_authors", "to_authors"]

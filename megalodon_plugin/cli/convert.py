@@ -12,7 +12,7 @@ def run_convert(known: argparse.Namespace) -> None:
     """
     import torch
 
-    from megalodon_plugin.checkpoint.folders import check_target, read_checkpoint, size_of, write_checkpoint
+    from megalodon_plugin.checkpoint.checkpoint import check_target, read_checkpoint, size_of, write_checkpoint
     from megalodon_plugin.model.precision import matrix_names
 
     if not known.max_shard_gb > 0:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megalodon_plugin.checkpoint.folders import format_of, read_checkpoint
+from megalodon_plugin.checkpoint.checkpoint import format_of, read_checkpoint
 from megalodon_plugin.model import Megalodon
 from megalodon_plugin.model.precision import lower_matrices
 

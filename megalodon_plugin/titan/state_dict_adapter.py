@@ -5,7 +5,7 @@ from typing import Any
 
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
-from megalodon_plugin.checkpoint.safetensors_folder import INDEX, from_stored, to_stored
+from megalodon_plugin.checkpoint.formats.safetensors import INDEX, from_stored, to_stored
 
 
 class MegalodonStateDictAdapter(StateDictAdapter):

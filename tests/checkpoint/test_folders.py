@@ -9,8 +9,8 @@ import shutil
 import pytest
 import torch
 
-from megalodon_plugin.checkpoint.authors_folder import consolidate, split
-from megalodon_plugin.checkpoint.folders import Checkpoint, read_checkpoint, write_checkpoint
+from megalodon_plugin.checkpoint.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from megalodon_plugin.checkpoint.formats.authors import consolidate, split
 from megalodon_plugin.cli.main import main
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.precision import float32_parameters, lower_matrices

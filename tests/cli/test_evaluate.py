@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalodon_plugin.checkpoint.folders import Checkpoint, write_checkpoint
+from megalodon_plugin.checkpoint.checkpoint import Checkpoint, write_checkpoint
 from megalodon_plugin.cli import evaluate_report
 from megalodon_plugin.cli.main import main
 from megalodon_plugin.model import Megalodon, MegalodonConfig

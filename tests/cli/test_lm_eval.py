@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from megalodon_plugin.checkpoint.folders import Checkpoint, write_checkpoint
+from megalodon_plugin.checkpoint.checkpoint import Checkpoint, write_checkpoint
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.inference import generate
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib import image
 from torch.nn import functional as F
 
-from megalodon_plugin.checkpoint.folders import read_checkpoint, write_checkpoint
+from megalodon_plugin.checkpoint.checkpoint import read_checkpoint, write_checkpoint
 from megalodon_plugin.cli import evaluate as evaluate_module
 from megalodon_plugin.cli.main import main
 from megalodon_plugin.titan.load import load_checkpoint

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
-from .authors import check_state_dict
-from .authors_folder import check_expressible, is_authors, read_authors, write_authors
-from .dcp_folder import is_dcp, read_dcp, tensor_names, write_dcp
+from .formats.authors import check_expressible, is_authors, read_authors, write_authors
+from .formats.authors_names import check_state_dict
+from .formats.dcp import is_dcp, read_dcp, tensor_names, write_dcp
+from .formats.safetensors import from_stored, read_config, read_safetensors, to_stored, write_config, write_safetensors
 from .model_json import NAME, config_from, read_model_json, write_content
-from .safetensors_folder import from_stored, read_config, read_safetensors, to_stored, write_config, write_safetensors
 
 FORMATS = ("dcp", "safetensors", "authors")
 MAX_SHARD_BYTES = 5e9

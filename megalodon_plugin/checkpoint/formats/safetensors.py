@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalodon_plugin.model import MegalodonConfig
 
-from .model_json import config_from, read_json
+from ..model_json import config_from, read_json
 
 PREFIX = "model."
 """Before every native name: the name of the model inside the class that a Hugging Face library loads."""

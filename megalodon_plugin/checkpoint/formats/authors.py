@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megalodon_plugin.model import MegalodonConfig
 
-from .authors import from_authors, to_authors
-from .model_json import config_from, read_json
+from ..model_json import config_from, read_json
+from .authors_names import from_authors, to_authors
 
 _OPTIONS = {
     "num_layers": "n_layers",
