@@ -23,7 +23,7 @@ def load_model(known: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         ValueError: see `titan.load.load_checkpoint`; or the device does not exist.
     """
-    from megalodon_plugin.titan.load import load_checkpoint
+    from megalodon_plugin.titan.load_model import load_checkpoint
 
     device = known.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
@@ -76,7 +76,7 @@ def generate_from_checkpoint(
     Raises:
         ValueError: see `titan.load.load_checkpoint` and `model.generate`.
     """
-    from megalodon_plugin.titan.load import load_checkpoint
+    from megalodon_plugin.titan.load_model import load_checkpoint
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_checkpoint(checkpoint, device)

@@ -47,7 +47,7 @@ class MegalodonLM(LM):
         **_: Any,
     ) -> None:
         super().__init__()
-        from megalodon_plugin.titan.load import load_checkpoint
+        from megalodon_plugin.titan.load_model import load_checkpoint
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")

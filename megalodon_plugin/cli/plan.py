@@ -167,7 +167,7 @@ def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Job:
 def job_of(options: Any) -> Job:
     """The job of a host's configuration with all degrees 1, its model on the meta device."""
     from megalodon_plugin.model import Megalodon
-    from megalodon_plugin.titan.args import Flavors
+    from megalodon_plugin.titan.model_args import Flavors
 
     options = copy.deepcopy(options)
     for key in ("data_parallel_replicate", "context_parallel", "tensor_parallel", "pipeline_parallel"):

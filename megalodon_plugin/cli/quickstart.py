@@ -27,7 +27,7 @@ def _run(arguments: list[str] | None) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG)
     known, options = parser.parse_known_args(arguments)
 
-    from megalodon_plugin.titan.checkpoint_guard import is_complete
+    from megalodon_plugin.titan.checkpoint_checks import is_complete
 
     from .generate import generate_from_checkpoint
     from .main import training_command

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torchtitan.components.metrics import MetricsProcessor, _get_metrics_rank
 
-from . import layout
+from . import job_rules as layout
+from .loss_totals import Losses
 from .model_json import write_model_json
-from .totals import Losses
 
 
 class StepNumbers(NamedTuple):

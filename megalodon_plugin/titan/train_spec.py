@@ -6,10 +6,10 @@ from torchtitan.protocols.train_spec import TrainSpec
 
 from megalodon_plugin.model import Megalodon
 
-from .args import Flavors
 from .dataloader import build_text_dataloader
 from .loss import build_loss
 from .metrics import build_metrics
+from .model_args import Flavors
 from .optimizer import build_megalodon_optimizers
 from .parallelize import parallelize_megalodon
 from .state_dict_adapter import MegalodonStateDictAdapter

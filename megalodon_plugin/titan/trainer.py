@@ -12,10 +12,9 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from . import layout
-from .args import MegalodonModelArgs
-from .carried import CarriedStates, CarryingLoss
-from .checkpoint_guard import (
+from . import job_rules as layout
+from .carried_state import CarriedStates, CarryingLoss
+from .checkpoint_checks import (
     check_data,
     check_fits,
     check_same_shapes,
@@ -26,9 +25,10 @@ from .checkpoint_guard import (
 )
 from .dataloader import Batch, DocumentLoader, carries_state
 from .loss import ScaledLoss
+from .loss_totals import LossTotals
 from .metrics import JsonLinesMetrics, StepNumbers
+from .model_args import MegalodonModelArgs
 from .model_json import write_model_json
-from .totals import LossTotals
 
 
 class MegalodonTrainer(Trainer):

@@ -14,7 +14,7 @@ from torchtitan.distributed.context_parallel import prepare_context_parallel_inp
 from torchtitan.tools import utils
 
 from .dataloader import Batch, build_text_validation_dataloader
-from .totals import LossTotals
+from .loss_totals import LossTotals
 
 
 class MegalodonValidator(Validator):

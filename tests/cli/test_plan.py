@@ -53,7 +53,7 @@ def test_all_products_of_five_degrees() -> None:
 
 
 def test_the_rules_leave_what_the_host_takes(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megalodon_plugin.titan import layout as rules
+    from megalodon_plugin.titan import job_rules as rules
 
     monkeypatch.setattr(rules, "_own_entry", True)
     job = plan.load_job(config, None, [])

@@ -13,8 +13,8 @@ from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model import attention as attention_module
 from megalodon_plugin.ops import dispatch as backend
 from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
-from megalodon_plugin.titan import layout
-from megalodon_plugin.titan.args import MODEL_OPTIONS, Flavors, MegalodonModelArgs
+from megalodon_plugin.titan import job_rules as layout
+from megalodon_plugin.titan.model_args import MODEL_OPTIONS, Flavors, MegalodonModelArgs
 
 from tiny_job import SECTIONS, read_job, write_job
 

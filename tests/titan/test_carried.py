@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.state import MegalodonState
-from megalodon_plugin.titan import layout
-from megalodon_plugin.titan.args import Flavors
-from megalodon_plugin.titan.carried import CarriedStates
+from megalodon_plugin.titan import job_rules as layout
+from megalodon_plugin.titan.carried_state import CarriedStates
 from megalodon_plugin.titan.dataloader import DocumentLoader, build_text_dataloader
-from megalodon_plugin.titan.load import load_checkpoint
+from megalodon_plugin.titan.load_model import load_checkpoint
+from megalodon_plugin.titan.model_args import Flavors
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
 
 from ranks import run_on_ranks

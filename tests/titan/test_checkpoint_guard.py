@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megalodon_plugin.model import PRESETS, Megalodon, MegalodonConfig
-from megalodon_plugin.titan.checkpoint_guard import (
+from megalodon_plugin.titan.checkpoint_checks import (
     check_fits,
     checkpoint_to_load,
     is_complete,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalodon_plugin.titan import layout
+from megalodon_plugin.titan import job_rules as layout
 
 from tiny_job import read_job
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megalodon_plugin.titan.args import Flavors
+from megalodon_plugin.titan.model_args import Flavors
 
 from tiny_job import losses_and_norms, read_job, read_records, train_well, write_job
 

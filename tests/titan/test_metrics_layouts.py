@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
 from megalodon_plugin.titan import validator as validator_module
-from megalodon_plugin.titan.checkpoint_guard import check_fits, saved_tensors
+from megalodon_plugin.titan.checkpoint_checks import check_fits, saved_tensors
+from megalodon_plugin.titan.loss_totals import LossTotals, combine
 from megalodon_plugin.titan.metrics import JsonLinesMetrics, StepNumbers
-from megalodon_plugin.titan.totals import LossTotals, combine
 from megalodon_plugin.titan.trainer import MegalodonTrainer
 from megalodon_plugin.titan.validator import MegalodonValidator
 

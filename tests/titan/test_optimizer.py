@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalodon_plugin.model import Megalodon
-from megalodon_plugin.titan.args import Flavors
+from megalodon_plugin.titan.model_args import Flavors
 from megalodon_plugin.titan.optimizer import build_megalodon_optimizers
 
 from tiny_job import read_job, write_job

@@ -14,7 +14,7 @@ from megalodon_plugin.ops.cema.op import cema_flops
 from megalodon_plugin.ops.chunk_attention.op import chunk_attention_flops
 from megalodon_plugin.ops.dispatch import set_kernels
 
-from . import layout
+from . import job_rules as layout
 from .job_config import WEIGHT_DECAY_ON
 from .tokenizer import vocab_size_of
 
