@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megalodon_plugin.cli.ngram import ngram_losses
+from megalodon_plugin.data.ngram import ngram_losses
 
 
 def test_by_hand():

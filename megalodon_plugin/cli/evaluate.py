@@ -39,7 +39,7 @@ def run_evaluate(known: argparse.Namespace) -> None:
             shorter than a context, a loss is not finite, or the progress is that of another evaluation.
     """
     _check(known)
-    from megalodon_plugin.titan.text_files import find_text_files
+    from megalodon_plugin.data.files import find_text_files
 
     files = find_text_files(known.data, "--data")
     model, tokenizer = load_model(known)
@@ -108,7 +108,7 @@ class _Evaluation:
         return self.model.tok_embeddings.weight.device
 
     def _stream(self) -> Any:
-        from megalodon_plugin.titan.text_stream import TextStream
+        from megalodon_plugin.data.stream import TextStream
 
         return TextStream(self.files, self.tokenizer, self.known.text_field, self.known.max_tokens)
 

@@ -16,11 +16,8 @@ from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import text_datasets
 from torchtitan.tools.logging import logger
 
-from megalodon_plugin.model.config import check_types
-
-from .job_config import Data
-from .text_documents import DocumentCorpus, DocumentRow, split_files
-from .text_files import (
+from megalodon_plugin.data.documents import DocumentCorpus, DocumentRow, split_files
+from megalodon_plugin.data.files import (
     PYTHON_STDLIB,
     TextFile,
     Unit,
@@ -29,9 +26,12 @@ from .text_files import (
     find_text_files,
     piece_bytes_of,
 )
-from .text_files import split_units as split
-from .text_reader import TextReader
-from .text_rows import Corpus, Cursor, RankRows, lanes_of_rank, rows_in_order
+from megalodon_plugin.data.files import split_units as split
+from megalodon_plugin.data.reader import TextReader
+from megalodon_plugin.data.rows import Corpus, Cursor, RankRows, lanes_of_rank, rows_in_order
+from megalodon_plugin.model.config import check_types
+
+from .job_config import Data
 from .tokenizer import load_tokenizer
 
 LOCAL_TEXT = "local_text"

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from megalodon_plugin.checkpoint.checkpoint import read_checkpoint, write_checkpoint
 from megalodon_plugin.cli import evaluate as evaluate_module
 from megalodon_plugin.cli.main import main
+from megalodon_plugin.data.files import find_text_files
+from megalodon_plugin.data.stream import TextStream
 from megalodon_plugin.titan.load_model import load_checkpoint
-from megalodon_plugin.titan.text_files import find_text_files
-from megalodon_plugin.titan.text_stream import TextStream
 from megalodon_plugin.titan.tokenizer import load_tokenizer
 
 from tiny_job import train_well, write_job

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megalodon_plugin.data.files import Unit
+from megalodon_plugin.data.reader import TextReader
 from megalodon_plugin.titan import dataloader
 from megalodon_plugin.titan.dataloader import (
     OrderedTextLoader,
@@ -24,8 +26,6 @@ from megalodon_plugin.titan.dataloader import (
     side_as_bytes,
 )
 from megalodon_plugin.titan.job_config import Data
-from megalodon_plugin.titan.text_files import Unit
-from megalodon_plugin.titan.text_reader import TextReader
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
 
 SEQ_LEN = 16

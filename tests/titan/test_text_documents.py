@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from megalodon_plugin.data.documents import DocumentCorpus, DocumentRow, files_of, split_files
+from megalodon_plugin.data.files import cut_into_units, find_text_files
+from megalodon_plugin.data.reader import TextReader
+from megalodon_plugin.data.rows import Corpus, Cursor
 from megalodon_plugin.titan.dataloader import DocumentLoader, build_text_dataloader, build_text_validation_dataloader
 from megalodon_plugin.titan.job_config import Data
-from megalodon_plugin.titan.text_documents import DocumentCorpus, DocumentRow, files_of, split_files
-from megalodon_plugin.titan.text_files import cut_into_units, find_text_files
-from megalodon_plugin.titan.text_reader import TextReader
-from megalodon_plugin.titan.text_rows import Corpus, Cursor
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
 
 SEQ_LEN = 16

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megalodon_plugin.titan import text_reader
-from megalodon_plugin.titan.text_files import (
+from megalodon_plugin.data import reader as text_reader
+from megalodon_plugin.data.files import (
     TextFile,
     Unit,
     cut_into_units,
@@ -18,7 +18,7 @@ from megalodon_plugin.titan.text_files import (
     piece_bytes_of,
     split_units,
 )
-from megalodon_plugin.titan.text_reader import TextReader
+from megalodon_plugin.data.reader import TextReader
 
 
 @pytest.fixture

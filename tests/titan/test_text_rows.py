@@ -8,16 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalodon_plugin.titan.text_files import TextFile, Unit, cut_into_units, find_text_files
-from megalodon_plugin.titan.text_reader import TextReader
-from megalodon_plugin.titan.text_rows import (
-    Corpus,
-    Cursor,
-    RankRows,
-    lane_count,
-    lanes_of_rank,
-    rows_in_order,
-)
+from megalodon_plugin.data.files import TextFile, Unit, cut_into_units, find_text_files
+from megalodon_plugin.data.reader import TextReader
+from megalodon_plugin.data.rows import Corpus, Cursor, RankRows, lane_count, lanes_of_rank, rows_in_order
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
 
 SEQ_LEN = 16

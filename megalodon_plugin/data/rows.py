@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from .text_files import MIB, Unit, hash_of
-from .text_reader import TextReader
+from .files import MIB, Unit, hash_of
+from .reader import TextReader
 
 # Multiples of many numbers of ranks, foremost of powers of two.
 LANE_COUNTS = (3840, 1920, 960, 480, 256, 240, 128, 120, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)

@@ -13,7 +13,7 @@ from typing import IO, cast
 
 from torchtitan.tools.logging import logger
 
-from .text_files import TextFile, Unit, hash_of
+from .files import TextFile, Unit, hash_of
 
 BROKEN_LINES = ("error", "skip")
 SCAN_BLOCK = 64 * 1024

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .text_files import Unit, split_units
-from .text_rows import Corpus, Cursor, RowStream, Segment
+from .files import Unit, split_units
+from .rows import Corpus, Cursor, RowStream, Segment
 
 
 class DocumentRow(NamedTuple):

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .text_files import MIB, TextFile, cut_into_units
-from .text_reader import TextReader
+from .files import MIB, TextFile, cut_into_units
+from .reader import TextReader
 
 PIECE_BYTES = MIB
 

@@ -1,0 +1,1 @@
+"""Text and tokens, from files to rows, without a host."""
