@@ -9,7 +9,7 @@ same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws 
 import argparse
 from pathlib import Path
 
-from .bench_parallel_options import SIZES, add_parallel
+from megalodon_plugin.bench.parallel.options import SIZES, add_parallel
 
 OPS = ("cema", "timestep_norm")
 
@@ -101,23 +101,23 @@ def run_bench(known: argparse.Namespace) -> int:
         SystemExit: an implementation is wrong.
     """
     if known.bench == "generate":
-        from .bench_generate import run_bench_generate
+        from megalodon_plugin.bench.generate import run_bench_generate
 
         run_bench_generate(known)
         return 0
     if known.bench == "train":
-        from .bench_train import run_bench_train
+        from megalodon_plugin.bench.train.run import run_bench_train
 
         run_bench_train(known)
         return 0
     if known.bench == "parallel":
-        from .bench_parallel import run_bench_parallel
+        from megalodon_plugin.bench.parallel.run import run_bench_parallel
 
         return run_bench_parallel(known)
     if known.bench == "plot":
         import json
 
-        from .bench_report import draw
+        from megalodon_plugin.bench.ops.report import draw
 
         if not (known.folder / "ops.json").is_file():
             raise ValueError(f"`folder` must hold ops.json, but {known.folder} does not")
@@ -130,7 +130,7 @@ def run_bench(known: argparse.Namespace) -> int:
         raise ValueError(
             "a CUDA GPU is needed, for times and memory of kernels are what is measured, but torch finds none"
         )
-    from .bench_ops import Bench
+    from megalodon_plugin.bench.ops.run import Bench
 
     device = torch.device("cuda", torch.cuda.current_device())
     Bench(known, device).run()

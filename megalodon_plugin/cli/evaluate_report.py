@@ -4,9 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megalodon_plugin.files import write_json
 from megalodon_plugin.model.inference.scoring import Score
-
-from .whole_file import write_json
 
 
 def result_of(score: Score, seconds: float, peak_mib: float, n_bytes: int) -> dict[str, Any]:

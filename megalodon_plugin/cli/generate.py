@@ -12,7 +12,7 @@ from megalodon_plugin.model.inference.generate import continue_from
 from megalodon_plugin.model.inference.prefill import Reading, read
 from megalodon_plugin.model.inference.sampling import Sampling
 
-from .row_texts import RowText, show_in_order
+from .text_output import RowText, show_in_order
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .whole_file import write_json
+from megalodon_plugin.files import write_json
 
 LOSS = {"train": "loss_metrics/global_avg_loss", "validation": "validation_metrics/loss"}
 

@@ -7,10 +7,26 @@ import sys
 import pytest
 import torch
 
-from megalodon_plugin.cli import bench, bench_accuracy, bench_impls, bench_layer, bench_ops, bench_report, bench_timing
-from megalodon_plugin.cli.bench_problems import cema_parameters, cema_problem, solve, timestep_norm_problem
+from megalodon_plugin.bench import timing as bench_timing
+from megalodon_plugin.bench.ops import (
+    accuracy as bench_accuracy,
+)
+from megalodon_plugin.bench.ops import (
+    implementations as bench_impls,
+)
+from megalodon_plugin.bench.ops import (
+    layer as bench_layer,
+)
+from megalodon_plugin.bench.ops import (
+    report as bench_report,
+)
+from megalodon_plugin.bench.ops import (
+    run as bench_ops,
+)
+from megalodon_plugin.bench.ops.problems import cema_parameters, cema_problem, solve, timestep_norm_problem
+from megalodon_plugin.cli import bench
 from megalodon_plugin.cli.main import main
-from megalodon_plugin.cli.whole_file import write_json
+from megalodon_plugin.files import write_json
 from megalodon_plugin.model import PRESETS
 
 CPU = torch.device("cpu")
@@ -145,7 +161,7 @@ def test_a_wrong_result_is_not_ok(value: float) -> None:
     case = bench_accuracy.Case("cema", "wrong", [lambda: cema_problem((1, 9, 4), 2, BF16, CPU)])
 
     def wrong(x, *parameters, **others):
-        from megalodon_plugin.cli.bench_problems import call_cema
+        from megalodon_plugin.bench.ops.problems import call_cema
 
         found = call_cema(x, *parameters, **others)
         return found | {"h": found["h"] * value}

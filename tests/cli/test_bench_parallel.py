@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from megalodon_plugin.cli.bench_parallel import SMALL, _reason_of_model
-from megalodon_plugin.cli.bench_parallel_cases import (
+from megalodon_plugin.bench.parallel.exchanges import differences
+from megalodon_plugin.bench.parallel.rank import Order
+from megalodon_plugin.bench.parallel.report import check_line, draw, table
+from megalodon_plugin.bench.parallel.rows import compare, deviation, held_against, merged
+from megalodon_plugin.bench.parallel.run import SMALL, _reason_of_model
+from megalodon_plugin.bench.parallel.scenarios import (
     ONE,
     default_layouts,
     name_of,
@@ -20,10 +24,6 @@ from megalodon_plugin.cli.bench_parallel_cases import (
     strong,
     weak,
 )
-from megalodon_plugin.cli.bench_parallel_exchanges import differences
-from megalodon_plugin.cli.bench_parallel_rank import Order
-from megalodon_plugin.cli.bench_parallel_report import check_line, draw, table
-from megalodon_plugin.cli.bench_parallel_rows import compare, deviation, held_against, merged
 from megalodon_plugin.cli.main import main
 
 from tiny_job import environment
@@ -237,7 +237,7 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
             extra = ["pp send: 3 messages, 8 bytes, but by the formulas 2, 8"] if "pp" in name else []
             yield [found, *[found | {"differences": extra}] * (layout.gpus - 1)]
 
-    monkeypatch.setattr("megalodon_plugin.cli.bench_parallel.run_orders", run_nothing)
+    monkeypatch.setattr("megalodon_plugin.bench.parallel.run.run_orders", run_nothing)
     layouts = ["--sizes", "1.3B", "--layouts", "cp 2", "tp 2", "pp 2", "--scaling", "weak"]
     with pytest.raises(SystemExit) as ended:
         main(command(tmp_path, "--gpus", "2", *layouts))

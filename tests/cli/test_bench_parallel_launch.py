@@ -10,13 +10,13 @@ from typing import Any
 import psutil
 import pytest
 
-from megalodon_plugin.cli.bench_parallel import SMALL
-from megalodon_plugin.cli.bench_parallel_cases import Case, parse_layout
-from megalodon_plugin.cli.bench_parallel_launch import command_of_a_rank, run_orders, started, wait_for
-from megalodon_plugin.cli.bench_parallel_rank import Order
-from megalodon_plugin.cli.bench_parallel_rows import merged
-from megalodon_plugin.cli.bench_parallel_simulate import simulated_row
-from megalodon_plugin.cli.bench_train_job import LEAST_STEPS, Job
+from megalodon_plugin.bench.parallel.launch import command_of_a_rank, run_orders, started, wait_for
+from megalodon_plugin.bench.parallel.rank import Order
+from megalodon_plugin.bench.parallel.rows import merged
+from megalodon_plugin.bench.parallel.run import SMALL
+from megalodon_plugin.bench.parallel.scenarios import Case, parse_layout
+from megalodon_plugin.bench.parallel.simulate import simulated_row
+from megalodon_plugin.bench.train.job import LEAST_STEPS, Job
 from megalodon_plugin.planning.traffic import Links
 
 from tiny_job import environment

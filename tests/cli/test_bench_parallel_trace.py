@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from megalodon_plugin.cli.bench_parallel_rows import merged
-from megalodon_plugin.cli.bench_parallel_trace import MARK, communication
+from megalodon_plugin.bench.parallel.rows import merged
+from megalodon_plugin.bench.parallel.trace import MARK, communication
 from megalodon_plugin.planning.traffic import Exchange
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from megalodon_plugin.cli.bench_train_job import Job
-from megalodon_plugin.cli.bench_train_report import ratio, table
+from megalodon_plugin.bench.train.job import Job
+from megalodon_plugin.bench.train.report import ratio, table
 from megalodon_plugin.cli.main import main
 
 from tiny_job import environment

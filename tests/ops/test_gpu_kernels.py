@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalodon_plugin.cli.bench_accuracy import (
+from megalodon_plugin.bench.ops.accuracy import (
     Case,
     accuracy_row,
     golden_cases,
@@ -19,7 +19,7 @@ from megalodon_plugin.cli.bench_accuracy import (
     rounding_errors,
     standard_cases,
 )
-from megalodon_plugin.cli.bench_problems import Problem, cema_problem, solve, timestep_norm_problem
+from megalodon_plugin.bench.ops.problems import Problem, cema_problem, solve, timestep_norm_problem
 from megalodon_plugin.ops import NormState, cema, timestep_norm
 from megalodon_plugin.ops.dispatch import use_kernels
 

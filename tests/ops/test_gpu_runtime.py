@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_plugin import kernels
-from megalodon_plugin.cli.bench_problems import CALLS, Problem, cema_problem, solve, timestep_norm_problem
+from megalodon_plugin.bench.ops.problems import CALLS, Problem, cema_problem, solve, timestep_norm_problem
 from megalodon_plugin.ops import dispatch as backend
 from megalodon_plugin.ops.dispatch import use_kernels
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megalodon_plugin.cli.bench_parallel import SMALL
-from megalodon_plugin.cli.bench_parallel_cases import parse_layout
-from megalodon_plugin.cli.bench_parallel_launch import command_of_a_rank
-from megalodon_plugin.cli.bench_parallel_rank import Order
-from megalodon_plugin.cli.bench_train_job import Job
+from megalodon_plugin.bench.parallel.launch import command_of_a_rank
+from megalodon_plugin.bench.parallel.rank import Order
+from megalodon_plugin.bench.parallel.run import SMALL
+from megalodon_plugin.bench.parallel.scenarios import parse_layout
+from megalodon_plugin.bench.train.job import Job
 
 from tiny_job import environment
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .bench_parallel_rows import Row
+from .rows import Row
 
 HEADER = (
     f"{'':>9} {'size':>8} {'model':>9} {'layout':>21} {'GPUs':>4} {'rows x length':>14} {'tokens/s':>10} {'GiB':>6} "

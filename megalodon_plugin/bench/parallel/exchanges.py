@@ -5,10 +5,9 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalodon_plugin.cli.plan import job_of, stages_of, work_of
 from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.planning.traffic import Exchange, exchanges_of_step
-
-from .plan import job_of, stages_of, work_of
 
 Exchanged = dict[str, dict[str, list[float]]]
 """dimension -> kind -> [messages, bytes of all parts together (of an all-reduce the whole tensors)]"""

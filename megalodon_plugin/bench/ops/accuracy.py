@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalodon_plugin.ops.dispatch import use_kernels
 
-from .bench_problems import COEFFICIENTS, Call, Problem, cema_problem, solve, timestep_norm_problem
+from .problems import COEFFICIENTS, Call, Problem, cema_problem, solve, timestep_norm_problem
 
 LIMITS = {torch.bfloat16: 1.5, torch.float32: 2.0}
 FLOOR = 1e-7

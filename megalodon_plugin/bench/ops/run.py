@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalodon_plugin.cli.bench import OPS
+from megalodon_plugin.files import write_json
 from megalodon_plugin.ops.dispatch import use_kernels
 
-from . import bench_layer, bench_report, bench_timing
-from .bench import OPS
-from .bench_accuracy import DTYPES, Case, golden_cases, judge, standard_cases
-from .bench_impls import CEMA_ORDER, implementation, norm_groups
-from .bench_problems import cema_parameters, cema_problem, timestep_norm_problem
-from .bench_report import Row, floor_ms, sweep_shapes
-from .whole_file import write_json
+from .. import timing as bench_timing
+from . import layer as bench_layer
+from . import report as bench_report
+from .accuracy import DTYPES, Case, golden_cases, judge, standard_cases
+from .implementations import CEMA_ORDER, implementation, norm_groups
+from .problems import cema_parameters, cema_problem, timestep_norm_problem
+from .report import Row, floor_ms, sweep_shapes
 
 MAIN_SHAPES = ((8, 4096, 1024), (8, 4096, 4096), (1, 32768, 4096))
 QUICK_LENGTHS = (256, 65536, 1048576)

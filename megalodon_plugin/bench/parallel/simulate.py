@@ -2,14 +2,14 @@
 
 from typing import Any
 
+from megalodon_plugin.cli.plan import job_of, stages_of, work_of
 from megalodon_plugin.planning.step_time import simulate_step
 from megalodon_plugin.planning.traffic import Links, exchanges_of_step
 from megalodon_plugin.titan.entry import read_job
 
-from .bench_parallel_cases import Case
-from .bench_parallel_rows import Row
-from .bench_train_job import Job
-from .plan import job_of, stages_of, work_of
+from ..train.job import Job
+from .rows import Row
+from .scenarios import Case
 
 FORWARD_SHARE = {"none": 1 / 3, "selective": 1 / 3, "full": 1 / 4}
 """Of a step's work by the count of matrix products: a forward pass, two for the gradients, one again under "full"."""

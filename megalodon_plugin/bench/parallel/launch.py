@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from .bench_parallel_rank import Order
-from .bench_parallel_rows import Row
+from .rank import Order
+from .rows import Row
 
 ALLOCATOR = "expandable_segments:True"
 """As the host's start script sets it."""
@@ -54,7 +54,7 @@ def command_of_a_rank(orders: Sequence[Order], folder: Path) -> list[str]:
     """Arguments of Python that carry out the orders, which are written into the folder, as the results will be."""
     path = folder / "orders.json"
     path.write_text(json.dumps([order.as_dict() for order in orders]))
-    return ["-m", "megalodon_plugin.cli.bench_parallel_rank", str(path), str(folder)]
+    return ["-m", "megalodon_plugin.bench.parallel.rank", str(path), str(folder)]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from megalodon_plugin.model import PRESETS, MegalodonConfig
 from megalodon_plugin.model.block import MegalodonBlock
 from megalodon_plugin.ops.dispatch import use_kernels
 
-from .bench_timing import measure, size
+from ..timing import measure, size
 
 SHAPES = ((8, 4096), (1, 32768))
 """(B, L)"""

@@ -10,7 +10,7 @@ import torch
 
 from megalodon_plugin.planning.traffic import Exchange
 
-from .bench_parallel_exchanges import PADDING
+from .exchanges import PADDING
 
 Interval = tuple[float, float]
 

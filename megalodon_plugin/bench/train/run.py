@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from megalodon_plugin import __version__
+from megalodon_plugin.files import write_json
 
-from .bench_ops import commit_of_this_code
-from .bench_train_job import Job, check_steps, free_port, run_job
-from .bench_train_profile import print_shares, shares
-from .bench_train_report import draw, table
-from .whole_file import write_json
+from ..ops.run import commit_of_this_code
+from .job import Job, check_steps, free_port, run_job
+from .profile import print_shares, shares
+from .report import draw, table
 
 # (options of [megalodon], sizes of the host's Llama with as many parameters)
 SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {

@@ -1,6 +1,6 @@
 """One rank of `megalodon bench parallel`: trains one job after the other and writes what it found.
 
-    python -m torch.distributed.run ... -m megalodon_plugin.cli.bench_parallel_rank ORDERS FOLDER
+    python -m torch.distributed.run ... -m megalodon_plugin.bench.parallel.rank ORDERS FOLDER
 
 ORDERS is a JSON file, a list of `Order`s. Of the N-th, from 0, rank R writes FOLDER/N.R.json.
 """
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from megalodon_plugin.files import write_text
 from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.planning.traffic import Exchange
 
-from .bench_parallel_exchanges import ExchangeCounter, differences, exchanges_by_formula, summed
-from .bench_parallel_trace import trace_step
-from .bench_train_job import Job, TimedTrainer, free_port, run_job
-from .whole_file import write_text
+from ..train.job import Job, TimedTrainer, free_port, run_job
+from .exchanges import ExchangeCounter, differences, exchanges_by_formula, summed
+from .trace import trace_step
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.titan.entry import read_job
 from megalodon_plugin.titan.trainer import MegalodonTrainer
 
-from .bench_parallel_cases import ONE, degrees_of
+from ..parallel.scenarios import ONE, degrees_of
 
 VOCABULARY = 32000
 UNCOUNTED = 3

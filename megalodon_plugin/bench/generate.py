@@ -19,12 +19,11 @@ import torch
 from torch import nn
 
 from megalodon_plugin import __version__
+from megalodon_plugin.files import write_json
 from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model.inference.decode import Decoder
 from megalodon_plugin.model.inference.prefill import Reading, read
 from megalodon_plugin.model.precision import lower_matrices
-
-from .whole_file import write_json
 
 Row = dict[str, Any]
 # Sizes of Llama with as many parameters, where that is known.
@@ -50,7 +49,7 @@ def run_bench_generate(known: argparse.Namespace) -> None:
         raise ValueError(f"`--flavor` must be one of {', '.join(PRESETS)}, but is {known.flavor!r}")
     if known.against and known.flavor not in LLAMAS:
         raise ValueError(f"`--against llama` needs a flavor of {', '.join(LLAMAS)}, but `--flavor` is {known.flavor}")
-    from .bench_ops import commit_of_this_code
+    from .ops.run import commit_of_this_code
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

@@ -22,32 +22,22 @@ from typing import Any
 import torch
 
 from megalodon_plugin import __version__
+from megalodon_plugin.files import write_json
 from megalodon_plugin.model import PRESETS
 from megalodon_plugin.parallel.chunk import check_chunk_parallel
 from megalodon_plugin.parallel.tensor_plan import check_tensor_parallel
 from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.planning.traffic import Links
 
-from .bench_ops import commit_of_this_code
-from .bench_parallel_cases import (
-    ONE,
-    Case,
-    default_layouts,
-    name_of,
-    parse_layout,
-    reason_against,
-    simulated_cases,
-    strong,
-    weak,
-)
-from .bench_parallel_launch import ALLOCATOR, run_orders
-from .bench_parallel_rank import Order, run_order
-from .bench_parallel_report import check_line, draw, table
-from .bench_parallel_rows import Row, compare, held_against, logged, merged, reason_of, work
-from .bench_parallel_simulate import simulated_row
-from .bench_train import SIZES
-from .bench_train_job import Job, check_steps
-from .whole_file import write_json
+from ..ops.run import commit_of_this_code
+from ..train.job import Job, check_steps
+from ..train.run import SIZES
+from .launch import ALLOCATOR, run_orders
+from .rank import Order, run_order
+from .report import check_line, draw, table
+from .rows import Row, compare, held_against, logged, merged, reason_of, work
+from .scenarios import ONE, Case, default_layouts, name_of, parse_layout, reason_against, simulated_cases, strong, weak
+from .simulate import simulated_row
 
 SMALL = {
     "flavor": "debug",

@@ -1,0 +1,1 @@
+"""Measurements: of the ops, of training steps, of layouts, of generation."""

@@ -1,0 +1,1 @@
+"""The ops on one GPU: checked, then timed."""

@@ -1,0 +1,1 @@
+"""Layouts of several GPUs: checked, timed, simulated."""
