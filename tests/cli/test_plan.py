@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalodon_plugin.cli import plan
 from megalodon_plugin.cli.main import main
+from megalodon_plugin.planning import candidates as plan
 from megalodon_plugin.planning.memory import Layout, Stage
 
 from tiny_job import write_job

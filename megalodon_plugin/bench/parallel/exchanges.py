@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalodon_plugin.cli.plan import job_of, stages_of, work_of
+from megalodon_plugin.planning.candidates import job_of, stages_of, work_of
 from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.planning.traffic import Exchange, exchanges_of_step
 

@@ -16,8 +16,9 @@ import torch
 
 from megalodon_plugin.parallel.chunk import check_chunk_parallel
 from megalodon_plugin.parallel.tensor_plan import check_tensor_parallel
-from megalodon_plugin.planning.memory import Layout, Memory, Parameter, Stage, Work, parameters_of, rank_memory
-from megalodon_plugin.planning.traffic import Exchange, Links, exchanges_of_step
+
+from .memory import Layout, Memory, Parameter, Stage, Work, parameters_of, rank_memory
+from .traffic import Exchange, Links, exchanges_of_step
 
 GIB = 2**30
 RESERVE = 0.1
@@ -109,7 +110,7 @@ def run_plan(known: argparse.Namespace, overrides: list[str]) -> int:
     Raises:
         ValueError: an option is wrong, or no layout is allowed.
     """
-    from .plan_report import advice, as_json, report
+    from .report import advice, as_json, report
 
     check_options(known)
     job = load_job(known.config, known.seq_len, overrides)

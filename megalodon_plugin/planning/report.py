@@ -7,10 +7,9 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from megalodon_plugin.planning.memory import Layout
-from megalodon_plugin.planning.traffic import Exchange
-
-from .plan import GIB, RESERVE, Candidate, Job, candidates, with_checkpointing
+from .candidates import GIB, RESERVE, Candidate, Job, candidates, with_checkpointing
+from .memory import Layout
+from .traffic import Exchange
 
 DEGREES = {
     "dp_replicate": "data_parallel_replicate_degree",
