@@ -25,7 +25,7 @@ def compile_cubin(
     """Machine code of `source`, from the disk cache if it is there.
 
     Args:
-        source: file name in `folder`, which is also where its headers are looked for.
+        source: file in `folder`, from which the names of its headers count too.
         name: the kernel that will be used; its being there is checked. Kernels of one source share their cubin.
         defines: macros and their values.
         arch: `sm_80`, `sm_90`, `sm_100`, ...
@@ -38,7 +38,7 @@ def compile_cubin(
         raise KernelUnavailable(f"`source` must be a file beside {Path(__file__).name}, but is {source!r}")
     version = nvrtc_version()
     parts = [f"NVRTC {version} {OPTIONS} {arch} {source} {sorted(defines)}"]
-    parts += [f"{file.name}\n{text}" for file, text in _with_headers(folder / source, set())]
+    parts += [f"{file.name}\n{text}" for file, text in _with_headers(folder / source, folder, set())]
     # A part's own hash, so that text cannot move from one part to the next without changing the key.
     hashes = "".join(hashlib.sha256(part.encode()).hexdigest() for part in parts)
     key = hashlib.sha256(hashes.encode()).hexdigest()
@@ -88,7 +88,7 @@ def nvrtc_version() -> str:
     return f"{major}.{minor}"
 
 
-def _with_headers(path: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
+def _with_headers(path: Path, folder: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
     """A source and the headers that it names, directly or not, each once. A missing one is left to NVRTC's message."""
     if path in seen or not path.is_file():
         return
@@ -96,4 +96,4 @@ def _with_headers(path: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
     text = path.read_text()
     yield path, text
     for header in _INCLUDE.findall(text):
-        yield from _with_headers(path.parent / header, seen)
+        yield from _with_headers(folder / header, folder, seen)

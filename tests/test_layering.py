@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megalodon_plugin"
 KERNELS = ROOT / "kernels"  # installed as megalodon_plugin.kernels
 OURS = "megalodon_plugin"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
-CUDA = sorted([*KERNELS.glob("*.cu"), *KERNELS.glob("*.cuh")])
+CUDA = sorted([*KERNELS.rglob("*.cu"), *KERNELS.rglob("*.cuh")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAY_IMPORT = {
     "": set(),  # the package's own __init__
@@ -123,7 +123,7 @@ def test_kernels_import_nothing_of_ours(path):
 def test_kernels_include_nothing_but_each_other(path):
     """No CUDA header: the compiler that users have comes without them."""
     included = re.findall(r"^\s*#\s*include\s*(\S+)", path.read_text(), re.MULTILINE)
-    assert set(included) <= {f'"{header.name}"' for header in CUDA if header.suffix == ".cuh"}
+    assert set(included) <= {f'"{header.relative_to(KERNELS)}"' for header in CUDA if header.suffix == ".cuh"}
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TESTS, *CUDA], ids=label)

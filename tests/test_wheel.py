@@ -67,9 +67,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     packed = {name for name in names if name.startswith("megalodon_plugin/")}
     modules = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "megalodon_plugin").rglob("*.py")}
     assert modules | {"megalodon_plugin/py.typed"} <= packed
-    kernels = {path.name for path in (CHECKOUT / "kernels").iterdir() if path.suffix in (".py", ".cu", ".cuh")}
+    folder = CHECKOUT / "kernels"
+    files = (path for path in folder.rglob("*") if path.suffix in (".py", ".cu", ".cuh"))
+    kernels = {path.relative_to(folder).as_posix() for path in files}
     assert {"__init__.py", "primitives.cuh"} <= kernels
-    assert {Path(name).name for name in packed if name.startswith("megalodon_plugin/kernels/")} == kernels
+    inside = "megalodon_plugin/kernels/"
+    assert {name.removeprefix(inside) for name in packed if name.startswith(inside)} == kernels
     assert {name.split("/")[0].split("-")[0] for name in names} == {"megalodon_plugin"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -72,7 +72,7 @@ class EmulatedKernel:
 def emulated_load(
     source: str, name: str, defines: tuple[tuple[str, int], ...], device: torch.device | None = None
 ) -> EmulatedKernel:
-    """Kernel `name` of kernels/`source` (a file name), compiled with g++; skips the test where there is none."""
+    """Kernel `name` of kernels/`source`, compiled with g++; skips the test where there is none."""
     return _load(source, name, tuple(defines), SANITIZERS)
 
 
@@ -90,9 +90,10 @@ def build(source: Path, name: str, defines: tuple[tuple[str, int], ...], sanitiz
     flags += ["-ffp-contract=off", "-fno-strict-aliasing", *(f"-D{key}={value}" for key, value in defines)]
     if sanitizers:
         flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
-    # A quoted include looks beside the file that has it first, so the sources move away from their primitives.cuh.
-    moved = [source, *(h for h in sorted(source.parent.glob("*.cuh")) if h.name != "primitives.cuh")]
-    texts = {path.name: f'#line 1 "{path.name}"\n{path.read_text()}' for path in moved}
+    # Includes are named from the sources' root, and the emulator's primitives.cuh must be found before the kernels'.
+    moved = [source, *sorted(source.parent.glob("*.cuh"))]
+    names = [path.relative_to(_KERNELS).as_posix() for path in moved]
+    texts = {name: f'#line 1 "{name}"\n{path.read_text()}' for name, path in zip(names, moved, strict=True)}
     key = hashlib.sha256(repr((texts, name, flags)).encode())
     for path in sorted(_HERE.iterdir()):
         key.update(path.read_bytes())
@@ -103,11 +104,12 @@ def build(source: Path, name: str, defines: tuple[tuple[str, int], ...], sanitiz
     cache.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         for file, text in texts.items():
+            (Path(folder) / file).parent.mkdir(exist_ok=True)
             (Path(folder) / file).write_text(text)
         main = Path(folder) / "main.cpp"
-        main.write_text(f'#include "primitives.cuh"\n#include "{source.name}"\nEMULATED_KERNEL({name})\n')
+        main.write_text(f'#include "primitives.cuh"\n#include "{names[0]}"\nEMULATED_KERNEL({name})\n')
         built = Path(folder) / library.name
-        command = [compiler, *flags, f"-I{_HERE}", "-o", str(built), str(main)]
+        command = [compiler, *flags, f"-I{_HERE}", f"-I{folder}", "-o", str(built), str(main)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise RuntimeError(f"g++ does not compile {source.name} {dict(defines)}:\n{result.stderr[:8000]}")

@@ -179,7 +179,9 @@ def test_a_budget_names_a_kernel_that_is_there() -> None:
 
 
 def test_every_source_is_compiled() -> None:
-    assert {path.name for path in compiler.SOURCES.glob("*.cu")} == {source for source, _, _ in variants()}
+    assert {path.relative_to(compiler.SOURCES).as_posix() for path in compiler.SOURCES.rglob("*.cu")} == {
+        source for source, _, _ in variants()
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

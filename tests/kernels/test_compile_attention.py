@@ -13,7 +13,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from megalodon_plugin.kernels import chunk_attention as kernels
+from megalodon_plugin.kernels.chunk_attention import hopper as kernels
 from megalodon_plugin.ops import chunk_attention_cuda as launches
 
 def tile(rows, cols):

@@ -1,4 +1,4 @@
-"""CEMA on a GPU: the choice, the memory and the launches of the kernels `kernels/cema_*.cu`; see kernels/README.md.
+"""CEMA on a GPU: the choice, the memory and the launches of the kernels `kernels/cema/*.cu`; see kernels/README.md.
 
 The forward pass is two kernels: `cema_prepare` makes the coefficients, `cema_pass` walks the sequence. The backward
 pass makes the coefficients again, walks the sequence from its end with the same `cema_pass`, and sums the coefficients'
@@ -94,7 +94,9 @@ class Call:
 
     def launch(self, name: str, grid: tuple[int, int, int], threads: int, params, shared: int, **defines: int) -> None:
         channels, aligned = defines.pop("CHANNELS", 8), bool(defines.pop("ALIGNED", 1))
-        kernel = kernels.load(f"{name}.cu", name, self.plan.defines(channels, aligned, **defines), self.device)
+        kernel = kernels.load(
+            f"cema/{name}.cu", f"cema_{name}", self.plan.defines(channels, aligned, **defines), self.device
+        )
         kernel.launch(grid, threads, params, self.stream, shared)
 
     def aligned(self, *tensors: Tensor) -> bool:
@@ -116,7 +118,7 @@ class Call:
             self.order,
             self.rotate_input,
         )
-        self.launch("cema_prepare", (-(-self.dim * self.plan.orders // 256), 1, 1), 256, params, 0)
+        self.launch("prepare", (-(-self.dim * self.plan.orders // 256), 1, 1), 256, params, 0)
 
     def walk(self, x, y, state_in: int | None, state_out: int | None, kept: Tensor | None, reverse: bool) -> None:
         """`cema_pass` over the whole blocks; the states are addresses, `kept` receives those at the groups' edges."""
@@ -152,7 +154,7 @@ class Call:
         macros = {"CHANNELS": plan.pass_channels, "ALIGNED": aligned, "REVERSE": int(reverse)}
         macros |= {"OUT_SHARED": plan.out_shared, "SUMMARY": int(summary)}
         grid = (self.channel_groups, -(-self.batch // self.division.rows), segments)
-        self.launch("cema_pass", grid, 32 * plan.pass_channels, params, pass_shared_bytes(plan), **macros)
+        self.launch("pass", grid, 32 * plan.pass_channels, params, pass_shared_bytes(plan), **macros)
 
     def short(self, x: Tensor, y: Tensor, state_in: int | None, state_out: int | None, **backward) -> None:
         """`cema_short` over the rest; `backward` holds dy, state_grad_in, partial and partial_omega."""
@@ -178,7 +180,7 @@ class Call:
             self.order,
         )
         grid = (-(-self.dim * self.plan.orders // 256), self.batch if dy is None else 1, 1)
-        self.launch("cema_short", grid, 256, params, 0, BACKWARD=int(dy is not None))
+        self.launch("short", grid, 256, params, 0, BACKWARD=int(dy is not None))
 
 
 def packed(x: Tensor) -> Tensor:
@@ -276,7 +278,7 @@ def backward(
         )
         macros = {"CHANNELS": plan.grad_channels, "ALIGNED": call.aligned(x, dy)}
         grid = (channel_groups, parts, order_groups)
-        call.launch("cema_grad", grid, 32 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
+        call.launch("grad", grid, 32 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
     dalpha, ddelta, dtheta, dgamma, domega = _finish(call, partial, partial_omega, slots)
     return dx, dalpha, ddelta, dtheta, dgamma, domega, dh0
 
@@ -295,5 +297,5 @@ def _finish(call: Call, partial: Tensor, partial_omega: int, slots: int) -> tupl
         slots,
         call.rotate_input,
     )
-    call.launch("cema_finish", (-(-call.dim * call.plan.orders // 256), 1, 1), 256, params, 0)
+    call.launch("finish", (-(-call.dim * call.plan.orders // 256), 1, 1), 256, params, 0)
     return grads

@@ -44,6 +44,6 @@ def _fold(summaries, parameters, gaps: tuple[int, int], order: tuple[int, int, i
     params = _Fold(*addresses, *gaps, *order, batch, dim, orders, *map(int, conjugate))
     plan = make_plan(1, orders, torch.bfloat16)
     assert plan is not None
-    kernel = kernels.load("cema_fold.cu", "cema_fold", plan.defines(8, True), summaries.device)
+    kernel = kernels.load("cema/fold.cu", "cema_fold", plan.defines(8, True), summaries.device)
     kernel.launch((-(-dim * orders // 256), batch, 1), 256, params, stream_of(summaries.device), 0)
     return state

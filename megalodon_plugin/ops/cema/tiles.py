@@ -13,7 +13,7 @@ PASS_BLOCKS, GROUP_BLOCKS = 16, 32  # blocks of a tile of cema_pass, and of a gr
 
 
 class Plan(NamedTuple):
-    """Which variant of the kernels takes an activation; the letters are those of the macros in kernels/cema.cuh."""
+    """Which variant of the kernels takes an activation; the letters are those of the macros in cema/common.cuh."""
 
     block: int  # T
     orders: int
@@ -100,7 +100,7 @@ def divide_grad(batch: int, groups: int, channel_groups: int, processors: int) -
 
 
 def pass_shared_bytes(plan: Plan) -> int:
-    """Of cema_pass.cu: two tiles, the scan's powers and the out table of every channel."""
+    """Of cema/pass.cu: two tiles, the scan's powers and the out table of every channel."""
     planes, powers, entry = (3, 112, 24) if plan.terms == 3 else (1, 8, 16)
     channel_words = planes * PASS_BLOCKS * (plan.block // 2 + 2) + 2
     tile_words = -(-plan.pass_channels * channel_words // 4) * 4
@@ -109,7 +109,7 @@ def pass_shared_bytes(plan: Plan) -> int:
 
 
 def grad_shared_bytes(plan: Plan) -> int:
-    """Of cema_grad.cu: two tiles of x and of dy, and both tables of every channel."""
+    """Of cema/grad.cu: two tiles of x and of dy, and both tables of every channel."""
     planes = 3 if plan.terms == 3 else 1
     tile = plan.grad_channels * planes * 4 * (8 * (plan.block // 2 + 4) + 8) * 4
     return 4 * tile + plan.grad_channels * 2 * 2 * (plan.block // 16) * plan.terms * 32 * 16
@@ -126,15 +126,15 @@ def _variants() -> tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]:
     found = []
     for plan in plans:
         assert plan is not None
-        found += [(name, plan.defines(8, True)) for name in ("cema_prepare", "cema_finish", "cema_fold")]
-        found += [("cema_short", plan.defines(8, True, BACKWARD=b)) for b in (0, 1)]
+        found += [(name, plan.defines(8, True)) for name in ("prepare", "finish", "fold")]
+        found += [("short", plan.defines(8, True, BACKWARD=b)) for b in (0, 1)]
         for aligned in (True, False):
             for reverse in (0, 1):
                 for summary in (0, 1):
                     more = {"REVERSE": reverse, "OUT_SHARED": plan.out_shared, "SUMMARY": summary}
-                    found.append(("cema_pass", plan.defines(plan.pass_channels, aligned, **more)))
-            found.append(("cema_grad", plan.defines(plan.grad_channels, aligned)))
-    return tuple((f"{name}.cu", name, defines) for name, defines in found)
+                    found.append(("pass", plan.defines(plan.pass_channels, aligned, **more)))
+            found.append(("grad", plan.defines(plan.grad_channels, aligned)))
+    return tuple((f"cema/{name}.cu", f"cema_{name}", defines) for name, defines in found)
 
 
 VARIANTS = _variants()

@@ -1,4 +1,4 @@
-"""Chunk attention on a Hopper GPU: the launches of `kernels/chunk_attention.py`."""
+"""Chunk attention on a Hopper GPU: the launches of `kernels/chunk_attention/hopper.py`."""
 
 import functools
 import sys
@@ -136,9 +136,9 @@ def _square_matrices(q: Tensor, group: Group) -> Tensor:
 
 
 def _kernels() -> Any:
-    from megalodon_plugin.kernels import chunk_attention
+    from megalodon_plugin.kernels.chunk_attention import hopper
 
-    return chunk_attention
+    return hopper
 
 
 def _descriptor(t: Tensor, rows: int, cols: int) -> Any:

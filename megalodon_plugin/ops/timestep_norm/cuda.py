@@ -1,7 +1,7 @@
 """TimestepNorm on a CUDA device: which kernel, which tiles, how many blocks, and the launch.
 
-The kernels are kernels/timestep_norm_*.cu; the equations stand in timestep_norm.py, how they are shared out among
-blocks at the head of kernels/timestep_norm.cuh. Every number that was chosen for speed stands in this file.
+The kernels are kernels/timestep_norm/*.cu; the equations stand in timestep_norm.py, how they are shared out among
+blocks at the head of kernels/timestep_norm/common.cuh. Every number that was chosen for speed stands in this file.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ def takes(x: Tensor, weight: Tensor, num_groups: int) -> bool:
 
 
 class Choice(NamedTuple):
-    """How a kernel shares out the work; the names are those of kernels/timestep_norm.cuh."""
+    """How a kernel shares out the work; the names are those of kernels/timestep_norm/common.cuh."""
 
     vector: int
     lanes: int
@@ -79,14 +79,20 @@ def _defines(features: int, activation_bytes: int, masked: bool, choice: Choice)
 
 
 def _variants() -> tuple[tuple[str, str, Defines], ...]:
-    found: list[tuple[str, str, Defines]] = [("timestep_norm_parameters.cu", "timestep_norm_parameters", ())]
+    found: list[tuple[str, str, Defines]] = [("timestep_norm/parameters.cu", "timestep_norm_parameters", ())]
     for features, activation_bytes, masked in (
         *((32, 2, False), (64, 2, False), (64, 2, True), (64, 4, False), (128, 2, False)),
         *((99, 4, True), (1024, 4, True), (4096, 2, True)),
     ):
-        for name, backward in (("timestep_norm_forward", False), ("timestep_norm_backward", True)):
+        for name, backward in (("forward", False), ("backward", True)):
             choice = choose(features, activation_bytes, 16, backward)
-            found.append((f"{name}.cu", name, _defines(features, activation_bytes, masked, choice)))
+            found.append(
+                (
+                    f"timestep_norm/{name}.cu",
+                    f"timestep_norm_{name}",
+                    _defines(features, activation_bytes, masked, choice),
+                )
+            )
     return tuple(found)
 
 
@@ -250,8 +256,13 @@ def _plan(
     batch, length, dim = shape
     features = dim // groups
     choice = choose(features, activation_bytes, alignment, backward)
-    name = "timestep_norm_backward" if backward else "timestep_norm_forward"
-    kernel = kernels.load(f"{name}.cu", name, _defines(features, activation_bytes, masked, choice), device)
+    name = "backward" if backward else "forward"
+    kernel = kernels.load(
+        f"timestep_norm/{name}.cu",
+        f"timestep_norm_{name}",
+        _defines(features, activation_bytes, masked, choice),
+        device,
+    )
     warps = choice.threads // 32
     shared_bytes = 16 * (2 * warps + 1)  # two float64 sums for each warp, twice, and for the tiles before
     vectors = -(-features // (choice.vector * choice.lanes))  # of a lane
@@ -277,7 +288,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _parameters_kernel(device: torch.device) -> Any:
-    return kernels.load("timestep_norm_parameters.cu", "timestep_norm_parameters", (), device)
+    return kernels.load("timestep_norm/parameters.cu", "timestep_norm_parameters", (), device)
 
 
 def _steps_like(mean: Tensor, batch: int, length: int, groups: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""TimestepNorm's summary of a slice on a GPU: the launches of `kernels/norm_summary*.cu`."""
+"""TimestepNorm's summary of a slice on a GPU: the launches of `kernels/timestep_norm/summary*.cu`."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ _Summary = structure("_Summary", "x:p partial:p x_row:q length:q segment:q batch
 _Finish = structure("_Finish", "partial:p mean:p var:p length:q segment:q batch:i dim:i groups:i segments:i")
 
 VARIANTS = (
-    ("norm_summary_finish.cu", "norm_summary_finish", ()),
+    ("timestep_norm/summary_finish.cu", "norm_summary_finish", ()),
     *(
-        ("norm_summary.cu", "norm_summary", (("ACTIVATION_BYTES", item), ("VECTOR", vector)))
+        ("timestep_norm/summary.cu", "norm_summary", (("ACTIVATION_BYTES", item), ("VECTOR", vector)))
         for item in (2, 4)
         for vector in (1, 16 // item)
     ),
@@ -47,11 +47,13 @@ def summary(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     mean = torch.empty(batch, num_groups, dtype=torch.float32, device=x.device)
     var = torch.empty_like(mean)
     stream = stream_of(x.device)
-    kernel = kernels.load("norm_summary.cu", "norm_summary", (("ACTIVATION_BYTES", item), ("VECTOR", vector)), x.device)
+    kernel = kernels.load(
+        "timestep_norm/summary.cu", "norm_summary", (("ACTIVATION_BYTES", item), ("VECTOR", vector)), x.device
+    )
     params = _Summary(x.data_ptr(), partial.data_ptr(), x.stride(0), length, segment, batch, dim)
     shared = _ROWS * 2 * vector * _LANES * 4
     kernel.launch((channel_blocks, batch, segments), _LANES * _ROWS, params, stream, shared)
-    kernel = kernels.load("norm_summary_finish.cu", "norm_summary_finish", (), x.device)
+    kernel = kernels.load("timestep_norm/summary_finish.cu", "norm_summary_finish", (), x.device)
     addresses = (t.data_ptr() for t in (partial, mean, var))
     finish = _Finish(*addresses, length, segment, batch, dim, num_groups, segments)
     kernel.launch((num_groups, batch, 1), _FINISH_THREADS, finish, stream, _FINISH_THREADS * 8)

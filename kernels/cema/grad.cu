@@ -23,7 +23,7 @@ constexpr int kBlocks = 32;
 constexpr int kBlockWords = BLOCK / 2 + 4;  // rows of 16 bytes for the transposing load ...
 constexpr int kPlaneWords = 4 * (8 * kBlockWords + 8);  // ... of which any 8 that it touches lie in different banks
 constexpr int kWarpsOfChannel = 1;
-#include "cema.cuh"
+#include "cema/common.cuh"
 constexpr int kChannelWords = kPlanes * kPlaneWords;
 __device__ __forceinline__ int word_of_block(int block) { return block * kBlockWords + block / 8 * 8; }
 
@@ -42,7 +42,7 @@ struct Params {
   int batch, dim, order;
 };
 
-#include "cema_grad.cuh"
+#include "cema/grad.cuh"
 
 // A group of blocks: batch row and number in the row.
 struct Cursor {

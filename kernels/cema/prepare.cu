@@ -6,7 +6,7 @@
 // One thread owns one order of one channel; the ORDERS neighbouring lanes of a channel add up k_l by shuffles. All in
 // float64. Orders beyond N get p = q = g = 0 and add nothing.
 constexpr int kWarpsOfChannel = 1;
-#include "cema.cuh"
+#include "cema/common.cuh"
 
 struct Params {
   const float* alpha;          // (D, N)

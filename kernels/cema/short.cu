@@ -4,7 +4,7 @@
 // neighbouring lanes of a channel add up the output by shuffles. The forward pass has a thread for each batch row; the
 // backward pass walks the batch rows in order, so that its sums over them have one order, and makes the states again.
 constexpr int kWarpsOfChannel = 1;
-#include "cema.cuh"
+#include "cema/common.cuh"
 
 struct Params {
   const char* x;

@@ -6,7 +6,7 @@
 // where l is the conjugate of the state's gradient and the blocks are walked from the last one to the first.
 //
 // A thread block owns CHANNELS channels, one warp each, and walks their tiles of 16 blocks in order of time for some
-// batch rows and one segment. All threads move tiles between device and shared memory (cema_staging.cuh); each warp works
+// batch rows and one segment. All threads move tiles between device and shared memory (cema/staging.cuh); each warp works
 // on its own channel of a tile alone, in place. Two tiles' buffers alternate: between two barriers the block brings in
 // tile i + 1, carries off tile i - 1 and works on tile i. Half of the warps do the moving first and half the work, so that
 // both go on at once; neighbouring warps run on different schedulers, so it is by warp / 4. The loads of tile i + 2 are
@@ -27,11 +27,11 @@ constexpr int kBlocks = 16;
 constexpr int kBlockWords = BLOCK / 2 + 2;  // 2 kBlockWords is 4 modulo 32 or 20: even blocks lie in different banks
 constexpr int kPlaneWords = kBlocks * kBlockWords;
 constexpr int kWarpsOfChannel = 1;
-#include "cema.cuh"
+#include "cema/common.cuh"
 constexpr int kChannelWords = kPlanes * kPlaneWords + 2;
 __device__ __forceinline__ int word_of_block(int block) { return block * kBlockWords; }
-#include "cema_scan.cuh"
-#include "cema_staging.cuh"
+#include "cema/scan.cuh"
+#include "cema/staging.cuh"
 
 struct Params {
   const char* x;

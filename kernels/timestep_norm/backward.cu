@@ -1,7 +1,7 @@
 // TimestepNorm, backward: dx, the gradient of the carried mean and variance, and each block's share of dweight and
 // dbias.
 //
-// Read timestep_norm.cuh first. Steps are counted from the end: u = length - 1 - t. With s = dy gain, xhat = (x - m) r:
+// Read timestep_norm/common.cuh first. Steps are counted from the end: u = length - 1 - t. With s = dy gain, xhat = (x - m) r:
 //   dm = -r sum s,  dv = -r^2/2 sum s xhat  over a step's features,
 //   P = sum (dm - 2 (m - pivot) dv) / n,  R = sum dv / n  over the step and all later ones,
 //   dx = s r + (P + 2 R (m - pivot)) / F + (2 R / F) (x - m).
@@ -14,7 +14,7 @@
 // relative to the carried mean, if there is one.
 //
 // Memory: x and dy are read once, dx is written once, and 8 bytes a step and group are read.
-#include "timestep_norm.cuh"
+#include "timestep_norm/common.cuh"
 
 struct Params {
   const unsigned char* dy;  // (B, L, D)

@@ -1,6 +1,6 @@
 // TimestepNorm, forward: y, the running mean and 1/std of every step, and the state after the last one.
 //
-// Read timestep_norm.cuh first. Per tile: (1) the group mean of each step, then mean and square of the deviations from
+// Read timestep_norm/common.cuh first. Per tile: (1) the group mean of each step, then mean and square of the deviations from
 // it, in registers, by shuffles within a team; (2) OverTime: sums up to each step; (3) running statistics, a step a
 // lane; (4) y from the registers of (1). The next tile is loaded before (1) of this one. A block waits for itself once
 // a tile, and with several blocks on a sequence once more, for their sums.
@@ -10,7 +10,7 @@
 // E[m^2] - E[m]^2 does not cancel when the data lies far from 0. y is computed in float32 and rounded once.
 //
 // Memory: an activation is read once and written once, and 8 bytes a step and group are written for the backward pass.
-#include "timestep_norm.cuh"
+#include "timestep_norm/common.cuh"
 
 struct Params {
   const unsigned char* x;  // (B, L, D)

@@ -1,6 +1,6 @@
-// Powers of a block's decay A = q^T that cema_pass.cu scans with.
+// Powers of a block's decay A = q^T that cema/pass.cu scans with.
 #pragma once
-#include "cema.cuh"
+#include "cema/common.cuh"
 
 // Powers that the scan needs, of one order.
 struct alignas(kFloat32 ? 16 : 8) ScanPowers {

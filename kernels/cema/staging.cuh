@@ -6,7 +6,7 @@
 // A float32 activation fills three planes with its bfloat16 terms; as an output it is put into the first two, the even
 // step's bits and the odd step's.
 #pragma once
-#include "cema.cuh"
+#include "cema/common.cuh"
 
 constexpr int kTile = kBlocks * BLOCK;
 constexpr int kPairs = kTile / 2;                              // words of one channel without padding

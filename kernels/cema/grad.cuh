@@ -1,6 +1,6 @@
-// The pieces of cema_grad.cu: what one warp does with its channel of a group of blocks, step by step.
+// The pieces of cema/grad.cu: what one warp does with its channel of a group of blocks, step by step.
 #pragma once
-#include "cema_staging.cuh"
+#include "cema/staging.cuh"
 
 constexpr int kTimeSteps = BLOCK / 16;
 constexpr int kTimeTiles = BLOCK / 8;

@@ -6,7 +6,7 @@
 //   dgamma = dg sqrt(1/N).
 // One thread owns one order of one channel; the ORDERS neighbouring lanes of a channel add up dtheta by shuffles.
 constexpr int kWarpsOfChannel = 1;
-#include "cema.cuh"
+#include "cema/common.cuh"
 
 struct Params {
   const float* alpha;             // (D, N)

@@ -3,7 +3,7 @@
 //
 // One thread owns one order of one channel of one batch row. Powers and the sum are float64; the order is fixed.
 constexpr int kWarpsOfChannel = 1;
-#include "cema.cuh"
+#include "cema/common.cuh"
 
 struct Params {
   const Complex<float>* summaries;  // (slices, B, D, N)

@@ -1,0 +1,1 @@
+"""Chunk attention in Triton, for Hopper."""
