@@ -37,7 +37,7 @@ test: lint types
 	$(BIN)/python -m pytest -n 2
 
 layouts: $(INSTALLED)
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m layouts
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.layouts
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,7 +1,7 @@
 """The memory of one rank, estimated from the configuration and the degrees alone: no GPU, no process group.
 
 What autograd keeps is counted op by op as the model's code has it run eagerly, in the letters B, L, D, V, Z, H, N, F, G
-of the configuration; `tests/parallel/test_estimate.py` holds the counts against what torch keeps. torch.compile keeps
+of the configuration; `tests/planning/test_memory.py` holds the counts against what torch keeps. torch.compile keeps
 at most as much, for it computes again what is cheap.
 """
 

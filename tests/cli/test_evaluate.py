@@ -15,7 +15,7 @@ from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.inference.norm_window import NormWindow
 from megalodon_plugin.model.inference.scoring import Score
 
-from small_model import SIZES
+from support.small_model import SIZES
 
 C = SIZES["chunk_size"]
 

@@ -12,7 +12,7 @@ from megalodon_plugin.checkpoint.checkpoint import Checkpoint, write_checkpoint
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.inference import generate
 
-from small_model import SIZES
+from support.small_model import SIZES
 
 pytest.importorskip("lm_eval", reason="needs the optional extra lm-eval")
 

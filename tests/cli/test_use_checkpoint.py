@@ -19,7 +19,7 @@ from megalodon_plugin.data.stream import TextStream
 from megalodon_plugin.titan.load_model import load_checkpoint
 from megalodon_plugin.titan.tokenizer import load_tokenizer
 
-from tiny_job import train_well, write_job
+from support.tiny_job import train_well, write_job
 
 
 @pytest.fixture(scope="module")

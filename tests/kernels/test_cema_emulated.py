@@ -8,7 +8,7 @@ from megalodon_plugin import kernels
 from megalodon_plugin.ops.cema import cuda as cema_cuda
 from megalodon_plugin.ops.cema.op import cema_definition
 
-import emulator
+from support import emulator
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from megalodon_plugin.ops.cema import slices_cuda as cema_slice_cuda
 from megalodon_plugin.ops.timestep_norm import slices_cuda as norm_summary_cuda
 from megalodon_plugin.ops.timestep_norm.slices import norm_summary
 
-import emulator
+from support import emulator
 
 DIM, ORDER = 21, 5
 

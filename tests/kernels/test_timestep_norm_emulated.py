@@ -11,7 +11,7 @@ from megalodon_plugin.ops import NormState
 from megalodon_plugin.ops.timestep_norm import cuda as timestep_norm_cuda
 from megalodon_plugin.ops.timestep_norm.op import timestep_norm, timestep_norm_definition
 
-import emulator
+from support import emulator
 
 EPS = 1e-5
 

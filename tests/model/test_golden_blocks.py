@@ -7,7 +7,7 @@ from megalodon_plugin.model import MegalodonConfig
 from megalodon_plugin.model.attention import MegalodonAttention
 from megalodon_plugin.model.feed_forward import FeedForward
 
-from golden_cases import F64_TOLERANCE, assert_close, case_names, config_kwargs, group, leaf, load
+from support.golden_cases import F64_TOLERANCE, assert_close, case_names, config_kwargs, group, leaf, load
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 OURS = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megalodon_plugin.checkpoint import from_authors, to_authors
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
-from golden_cases import F64_TOLERANCE, assert_close, case_names, config_kwargs, group, load
+from support.golden_cases import F64_TOLERANCE, assert_close, case_names, config_kwargs, group, load
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 

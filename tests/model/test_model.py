@@ -12,7 +12,7 @@ from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.attention import MegalodonAttention
 from megalodon_plugin.model.block import MegalodonBlock
 
-from small_model import SIZES
+from support.small_model import SIZES
 
 C, VOCABULARY = SIZES["chunk_size"], SIZES["vocab_size"]
 DROPOUTS = ("dropout", "hidden_dropout", "attention_dropout")

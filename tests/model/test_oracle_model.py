@@ -8,8 +8,8 @@ from megalodon_plugin.checkpoint import to_authors
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
 import reference
-from golden_cases import F64_TOLERANCE, assert_close
-from small_model import SIZES
+from support.golden_cases import F64_TOLERANCE, assert_close
+from support.small_model import SIZES
 
 C = 8
 VARIANTS = {

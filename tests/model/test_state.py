@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig, MegalodonState
 
-from small_model import SIZES
+from support.small_model import SIZES
 
 C = 8
 

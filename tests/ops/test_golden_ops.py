@@ -7,7 +7,7 @@ from megalodon_plugin.ops import NormState, cema, timestep_norm
 from megalodon_plugin.ops.cema.op import cema_definition
 from megalodon_plugin.ops.timestep_norm.op import timestep_norm_definition
 
-from golden_cases import F64_TOLERANCE, assert_close, case_names, group, leaf, load
+from support.golden_cases import F64_TOLERANCE, assert_close, case_names, group, leaf, load
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 COEFFICIENTS = ("alpha", "delta", "theta", "gamma", "omega")

@@ -9,7 +9,7 @@ from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
 from megalodon_plugin.ops.timestep_norm.op import timestep_norm_definition
 
 import reference
-from golden_cases import F64_TOLERANCE, as_complex, as_pairs, assert_close
+from support.golden_cases import F64_TOLERANCE, as_complex, as_pairs, assert_close
 
 B, D, G, N, C = 2, 12, 3, 4, 16
 EPS = 1e-3

@@ -20,9 +20,9 @@ from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.parallel.chunk import apply_chunk_parallel, check_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
 
-from golden_cases import F64_TOLERANCE, PRESENT, assert_close, case_names, config_kwargs, group, load
-from ranks import run_on_ranks
-from small_model import SIZES
+from support.golden_cases import F64_TOLERANCE, PRESENT, assert_close, case_names, config_kwargs, group, load
+from support.ranks import run_on_ranks
+from support.small_model import SIZES
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},

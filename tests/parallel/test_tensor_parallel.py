@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalodon_plugin.model import PRESETS, Megalodon, MegalodonConfig
 from megalodon_plugin.parallel.tensor_plan import LAYER_PLAN, apply_tensor_parallel, check_tensor_parallel
 
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 31,  # no degree divides it

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import reference
-from golden_cases import F64_TOLERANCE, as_complex, as_pairs, assert_close, case_names, group, leaf, load
+from support.golden_cases import F64_TOLERANCE, as_complex, as_pairs, assert_close, case_names, group, leaf, load
 
 TRUTH = torch.float64
 COEFFICIENTS = ("alpha", "delta", "theta", "gamma", "omega")

@@ -9,7 +9,7 @@ import torch
 
 from megalodon_plugin.titan import job_rules as layout
 
-from tiny_job import read_job
+from support.tiny_job import read_job
 
 CONFIGS = sorted((Path(__file__).parents[2] / "train_configs").glob("*.toml"))
 

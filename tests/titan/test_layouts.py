@@ -1,11 +1,11 @@
-"""Some of the matrix of layouts (tests/layouts.py, `make layouts` runs all): processes together equal one."""
+"""Some of the matrix of layouts (tests/support/layouts.py, `make layouts` runs all): processes together equal one."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from layouts import (
+from support.layouts import (
     FLOAT8,
     FLOAT8_LAYOUTS,
     LAYOUTS,
@@ -22,7 +22,7 @@ from layouts import (
     unbroken,
     validation,
 )
-from tiny_job import read_records
+from support.tiny_job import read_records
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from megalodon_plugin.titan.model_args import Flavors
 
-from tiny_job import losses_and_norms, read_job, read_records, train_well, write_job
+from support.tiny_job import losses_and_norms, read_job, read_records, train_well, write_job
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -25,7 +25,7 @@ from megalodon_plugin.titan.metrics import JsonLinesMetrics, StepNumbers
 from megalodon_plugin.titan.trainer import MegalodonTrainer
 from megalodon_plugin.titan.validator import MegalodonValidator
 
-from tiny_job import read_records, train_well, write_job
+from support.tiny_job import read_records, train_well, write_job
 
 IGNORED = -100
 NAN = float("nan")

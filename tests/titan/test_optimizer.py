@@ -9,7 +9,7 @@ from megalodon_plugin.model import Megalodon
 from megalodon_plugin.titan.model_args import Flavors
 from megalodon_plugin.titan.optimizer import build_megalodon_optimizers
 
-from tiny_job import read_job, write_job
+from support.tiny_job import read_job, write_job
 
 LINEAR = {"attention.wz", "attention.wv", "attention.wr", "attention.wh1", "attention.wh2"} | {
     f"feed_forward.fc{n}" for n in (1, 2, 3)

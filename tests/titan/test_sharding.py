@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 31,

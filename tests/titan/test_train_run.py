@@ -12,7 +12,7 @@ from matplotlib import image
 
 from megalodon_plugin.cli.main import main
 
-from tiny_job import (
+from support.tiny_job import (
     losses_and_norms,
     read_job,
     read_records,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(os.environ.get("MEGALODON_GOLDEN") or Path(__file__).resolve().parents[2] / "shared" / "golden")
+FOLDER = Path(os.environ.get("MEGALODON_GOLDEN") or Path(__file__).resolve().parents[3] / "shared" / "golden")
 PRESENT = FOLDER.is_dir()
 ABSENT = f"no golden vectors: {FOLDER} is not a folder (set MEGALODON_GOLDEN)"
 requires_golden = pytest.mark.skipif(not PRESENT, reason=ABSENT)

@@ -15,7 +15,7 @@ from megalodon_plugin.bench.parallel.run import SMALL
 from megalodon_plugin.bench.parallel.scenarios import parse_layout
 from megalodon_plugin.bench.train.job import Job
 
-from tiny_job import environment
+from support.tiny_job import environment
 
 LAYOUTS = {
     "fsdp 8": {"fsdp"},

@@ -8,21 +8,11 @@ import pytest
 import torch
 
 from megalodon_plugin.bench import timing as bench_timing
-from megalodon_plugin.bench.ops import (
-    accuracy as bench_accuracy,
-)
-from megalodon_plugin.bench.ops import (
-    implementations as bench_impls,
-)
-from megalodon_plugin.bench.ops import (
-    layer as bench_layer,
-)
-from megalodon_plugin.bench.ops import (
-    report as bench_report,
-)
-from megalodon_plugin.bench.ops import (
-    run as bench_ops,
-)
+from megalodon_plugin.bench.ops import accuracy as bench_accuracy
+from megalodon_plugin.bench.ops import implementations as bench_impls
+from megalodon_plugin.bench.ops import layer as bench_layer
+from megalodon_plugin.bench.ops import report as bench_report
+from megalodon_plugin.bench.ops import run as bench_ops
 from megalodon_plugin.bench.ops.problems import cema_parameters, cema_problem, solve, timestep_norm_problem
 from megalodon_plugin.cli import bench
 from megalodon_plugin.cli.main import main

@@ -16,7 +16,7 @@ from megalodon_plugin.titan.checkpoint_checks import (
     saved_tensors,
 )
 
-from tiny_job import read_job, write_job
+from support.tiny_job import read_job, write_job
 
 TINY = dataclasses.replace(
     PRESETS["debug"], vocab_size=258, dim=32, n_layers=2, z_dim=16, value_dim=64, ffn_dim=48, norm_groups=4

@@ -1,5 +1,6 @@
-"""The package's layers, read from its imports: cli -> titan -> parallel -> model -> ops, each importing only what
-stands to its right; and what else holds for every source file."""
+"""The package's layers, read from its imports, each importing only what stands to its right, and what else holds for
+every source file: cli -> bench -> planning -> titan -> {parallel, checkpoint} -> model -> {ops -> kernels, data, files}.
+"""
 
 import ast
 import re
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megalodon_plugin"
 KERNELS = ROOT / "kernels"  # installed as megalodon_plugin.kernels
 OURS = "megalodon_plugin"
@@ -16,15 +17,19 @@ CUDA = sorted([*KERNELS.rglob("*.cu"), *KERNELS.rglob("*.cuh")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAY_IMPORT = {
     "": set(),  # the package's own __init__
-    "ops": {"kernels"},
-    "model": {"ops"},
-    "parallel": {"model", "ops"},
-    "checkpoint": {"model", "ops"},
-    "titan": {"parallel", "model", "ops", "checkpoint"},
-    "cli": {"titan", "parallel", "model", "ops", "checkpoint", "kernels"},
+    "files": set(),
     "kernels": set(),
+    "data": {"files"},
+    "ops": {"kernels", "files"},
+    "model": {"ops", "data", "files"},
+    "parallel": {"model", "ops", "data", "files"},
+    "checkpoint": {"model", "ops", "data", "files"},
+    "titan": {"parallel", "checkpoint", "model", "ops", "data", "files"},
+    "planning": {"titan", "parallel", "checkpoint", "model", "ops", "data", "files"},
+    "bench": {"planning", "titan", "parallel", "checkpoint", "model", "ops", "kernels", "data", "files"},
+    "cli": {"bench", "planning", "titan", "parallel", "checkpoint", "model", "ops", "kernels", "data", "files"},
 }
-IMPORTS_TORCHTITAN = {"titan", "cli"}
+IMPORTS_TORCHTITAN = {"titan", "planning", "bench", "cli", "data"}
 # Parameters may be sharded by the host: initialisation knows the sharded tensor type, and nothing else of ranks.
 IMPORTS_DISTRIBUTED = {"model/init.py": {"torch.distributed.tensor"}}
 MOST_LINES = 400
@@ -42,7 +47,7 @@ def module_path(path):
 
 def layer_of(path):
     parts = module_path(path).parts
-    return parts[0] if len(parts) > 1 else ""
+    return parts[0] if len(parts) > 1 else "" if path.stem == "__init__" else path.stem
 
 
 def imported_modules(source, package):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tiny_job import read_records, write_job
+from support.tiny_job import read_records, write_job
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 # What a build needs of the checkout; it must not write into the checkout itself.
 NOT_SOURCE = shutil.ignore_patterns(".*", "tests", "build", "dist", "outputs", "__pycache__", "*.egg-info")
 

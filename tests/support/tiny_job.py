@@ -84,7 +84,7 @@ def command(config: Path, *options: str, processes: int = 1, module: str = "mega
 def environment() -> dict[str, str]:
     """Of a single process; torchrun sets these variables anew. Port 0 is a free one."""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    paths = [*map(str, Path(__file__).parents[:2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*map(str, Path(__file__).parents[1:3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | rank | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 

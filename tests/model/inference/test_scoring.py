@@ -12,7 +12,7 @@ from megalodon_plugin.model.inference.scoring import Score, score_from, score_te
 from megalodon_plugin.ops import NormState
 from megalodon_plugin.ops.timestep_norm.op import merge_norm_states
 
-from small_model import SIZES
+from support.small_model import SIZES
 
 C = 8
 

@@ -22,8 +22,8 @@ from megalodon_plugin.titan.load_model import load_checkpoint
 from megalodon_plugin.titan.model_args import Flavors
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
 
-from ranks import run_on_ranks
-from tiny_job import losses_and_norms, read_job, read_records, train, train_and_kill, train_well, write_job
+from support.ranks import run_on_ranks
+from support.tiny_job import losses_and_norms, read_job, read_records, train, train_and_kill, train_well, write_job
 
 MEAN, LONGEST, FILLED = (f"carried_context/{name}" for name in ("mean(tokens)", "longest(tokens)", "filled(%)"))
 

@@ -8,7 +8,7 @@ import torch
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.inference import generate
 
-from small_model import SIZES
+from support.small_model import SIZES
 
 C = 8
 

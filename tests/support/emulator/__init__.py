@@ -24,8 +24,8 @@ SCHEDULE = 0
 # "address,undefined", say. The address sanitizer needs LD_PRELOAD=$(g++ -print-file-name=libasan.so).
 SANITIZERS = os.environ.get("EMULATOR_SANITIZE", "")
 
-_HERE = Path(__file__).parent / "emulator"
-_KERNELS = Path(__file__).parents[2] / "kernels"
+_HERE = Path(__file__).parent
+_KERNELS = Path(__file__).parents[3] / "kernels"
 _WARP = 32
 
 
@@ -95,7 +95,7 @@ def build(source: Path, name: str, defines: tuple[tuple[str, int], ...], sanitiz
     names = [path.relative_to(_KERNELS).as_posix() for path in moved]
     texts = {name: f'#line 1 "{name}"\n{path.read_text()}' for name, path in zip(names, moved, strict=True)}
     key = hashlib.sha256(repr((texts, name, flags)).encode())
-    for path in sorted(_HERE.iterdir()):
+    for path in sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cuh")]):
         key.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"megalodon-emulator-{os.getuid()}"
     library = cache / f"{name}-{key.hexdigest()[:24]}.so"

@@ -16,7 +16,7 @@ from megalodon_plugin.ops.dispatch import use_kernels
 from megalodon_plugin.parallel import chunk, collectives
 from megalodon_plugin.parallel.collectives import Ranks, wait
 
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ import torch
 from megalodon_plugin.checkpoint import from_authors, to_authors
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
-from small_model import SIZES
+from support.small_model import SIZES
 
 VARIANTS = {
     "plain": {},

@@ -16,7 +16,7 @@ from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
 from megalodon_plugin.titan import job_rules as layout
 from megalodon_plugin.titan.model_args import MODEL_OPTIONS, Flavors, MegalodonModelArgs
 
-from tiny_job import SECTIONS, read_job, write_job
+from support.tiny_job import SECTIONS, read_job, write_job
 
 # A value for every option, each different from the debug flavor's.
 EVERY_OPTION: dict[str, Any] = {

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiny_job import losses_and_norms, read_records, train_well, write_job
+from support.tiny_job import losses_and_norms, read_records, train_well, write_job
 
 STEPS, TOLERANCE = 5, 1e-4
 Records = dict[int, tuple[float, float]]

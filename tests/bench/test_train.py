@@ -10,7 +10,7 @@ from megalodon_plugin.bench.train.job import Job
 from megalodon_plugin.bench.train.report import ratio, table
 from megalodon_plugin.cli.main import main
 
-from tiny_job import environment
+from support.tiny_job import environment
 
 
 def row(model: str, speed: float, memory: float, length: int = 64) -> dict:

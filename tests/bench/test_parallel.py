@@ -26,7 +26,7 @@ from megalodon_plugin.bench.parallel.scenarios import (
 )
 from megalodon_plugin.cli.main import main
 
-from tiny_job import environment
+from support.tiny_job import environment
 
 
 @pytest.mark.parametrize("name", ["1", "cp 8", "fsdp 2 x cp 4", "replicate 2 x fsdp 4 x cp 2 x tp 2 x pp 2"])

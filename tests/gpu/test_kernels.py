@@ -23,7 +23,7 @@ from megalodon_plugin.bench.ops.problems import Problem, cema_problem, solve, ti
 from megalodon_plugin.ops import NormState, cema, timestep_norm
 from megalodon_plugin.ops.dispatch import use_kernels
 
-from golden_cases import FOLDER, requires_golden
+from support.golden_cases import FOLDER, requires_golden
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,7 @@ from megalodon_plugin.bench.parallel.simulate import simulated_row
 from megalodon_plugin.bench.train.job import LEAST_STEPS, Job
 from megalodon_plugin.planning.traffic import Links
 
-from tiny_job import environment
+from support.tiny_job import environment
 
 
 def small_job(name: str, rows: int = 8, **more: Any) -> Job:

@@ -14,7 +14,7 @@ from megalodon_plugin.model.inference.prefill import Reading, read
 from megalodon_plugin.model.inference.sampling import Sampling
 from megalodon_plugin.model.precision import float32_parameters, lower_matrices
 
-from small_model import SIZES
+from support.small_model import SIZES
 
 C = 8
 LENGTHS = (1, C - 1, 2 * C + 3, C - 1, 3 * C)

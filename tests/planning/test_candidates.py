@@ -14,7 +14,7 @@ from megalodon_plugin.cli.main import main
 from megalodon_plugin.planning import candidates as plan
 from megalodon_plugin.planning.memory import Layout, Stage
 
-from tiny_job import write_job
+from support.tiny_job import write_job
 
 CONFIGS = Path(__file__).parents[2] / "train_configs"
 GIB = 2**30
