@@ -9,9 +9,8 @@ same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws 
 import argparse
 from pathlib import Path
 
+from megalodon_plugin.bench.ops import OPS
 from megalodon_plugin.bench.parallel.options import SIZES, add_parallel
-
-OPS = ("cema", "timestep_norm")
 
 
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

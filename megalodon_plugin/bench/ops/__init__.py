@@ -1,1 +1,3 @@
 """The ops on one GPU: checked, then timed."""
+
+OPS = ("cema", "timestep_norm")

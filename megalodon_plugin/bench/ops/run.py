@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_plugin.cli.bench import OPS
 from megalodon_plugin.files import write_json
 from megalodon_plugin.ops.dispatch import use_kernels
 
 from .. import timing as bench_timing
+from . import OPS
 from . import layer as bench_layer
 from . import report as bench_report
 from .accuracy import DTYPES, Case, golden_cases, judge, standard_cases
