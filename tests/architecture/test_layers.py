@@ -1,5 +1,5 @@
 """The package's layers, read from its imports, each importing only what stands to its right, and what else holds for
-every source file: cli -> bench -> planning -> titan -> {parallel, checkpoint} -> model -> {ops -> kernels, data, files}.
+every source: cli -> bench -> planning -> titan -> {parallel, checkpoint} -> model -> {ops -> kernels, data, files}.
 """
 
 import ast
