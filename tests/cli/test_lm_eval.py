@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megalodon_plugin.checkpoint.checkpoint import Checkpoint, write_checkpoint
-from megalodon_plugin.model import Megalodon, MegalodonConfig
-from megalodon_plugin.model.inference import generate
+from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
 
 from support.small_model import SIZES
 

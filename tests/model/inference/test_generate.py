@@ -5,8 +5,7 @@ import re
 import pytest
 import torch
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig
-from megalodon_plugin.model.inference import generate
+from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
 
 from support.small_model import SIZES
 

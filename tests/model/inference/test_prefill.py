@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig
-from megalodon_plugin.model.inference import generate
+from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
 from megalodon_plugin.model.inference.decode import Decoder
 from megalodon_plugin.model.inference.generate import ENDED, continue_from
 from megalodon_plugin.model.inference.prefill import Reading, read
