@@ -14,7 +14,7 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from megalodon_plugin.kernels.chunk_attention import hopper as kernels
-from megalodon_plugin.ops import chunk_attention_cuda as launches
+from megalodon_plugin.ops.chunk_attention import hopper as launches
 
 def tile(rows, cols):
     return f"tensordesc<bf16[{rows}, {cols}]>"
