@@ -94,7 +94,7 @@ def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(
 def test_after_a_simulated_rank_that_fails_the_next_one_begins_anew(tmp_path: Path) -> None:
     code = """
 import dataclasses, json, sys
-from megalodon_plugin.cli.bench_parallel_rank import Order, run_order
+from megalodon_plugin.bench.parallel.rank import Order, run_order
 first = Order.from_dict(json.loads(sys.argv[1]))
 print(run_order(dataclasses.replace(first, longest_step=1e-6))["failed"])
 other = dataclasses.replace(first.job, layout=dataclasses.replace(first.job.layout, cp=4))
