@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .files import Unit, split_units
-from .rows import Corpus, Cursor, RowStream, Segment
+from .rows import Corpus, Cursor, RowStream, Run
 
 
 class DocumentRow(NamedTuple):
@@ -49,53 +49,53 @@ class DocumentCorpus(Corpus):
         return [index for n in self._order(epoch)[lane :: self.n_lanes] for index in self._files[n]]
 
     def row_stream(self, lane: int, cursor: Cursor) -> "DocumentRows":
-        return DocumentRows(self.lane_segments(lane, cursor), self.seq_len, cursor)
+        return DocumentRows(self.lane_runs(lane, cursor), self.seq_len, cursor)
 
     def texts(self, unit: Unit, shuffle_seed: str | None) -> Iterator[tuple[str, bool, bool]]:
         if unit.file.json_lines:
             yield from super().texts(unit, shuffle_seed)
             return
         begins = unit.start == 0
-        pieces = self.reader.documents(unit)
-        piece = next(pieces, None)
-        while piece is not None:
-            following = next(pieces, None)
-            yield piece, begins, following is None and unit.end == unit.file.size
-            piece, begins = following, False
+        texts = self.reader.documents(unit)
+        text = next(texts, None)
+        while text is not None:
+            following = next(texts, None)
+            yield text, begins, following is None and unit.end == unit.file.size
+            text, begins = following, False
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         return self.shuffled(len(self._files), epoch)
 
 
 class DocumentRows(RowStream):
-    """Cuts a stream of segments into rows of one document each. `cursor` is the place of the next row's first token,
+    """Cuts a stream of runs into rows of one document each. `cursor` is the place of the next row's first token,
     or of the last one of a document, which has been a label and is no input.
     """
 
-    def __init__(self, segments: Iterator[Segment], seq_len: int, cursor: Cursor) -> None:
-        super().__init__(segments, seq_len, cursor)
-        self._ahead: Segment | None = None  # has been read, and is perhaps of the next document
+    def __init__(self, runs: Iterator[Run], seq_len: int, cursor: Cursor) -> None:
+        super().__init__(runs, seq_len, cursor)
+        self._ahead: Run | None = None  # has been read, and is perhaps of the next document
 
     def next_row(self) -> DocumentRow:  # type: ignore[override]
         """The document's next row, or the first one of the next document."""
         self._fill()
         while self._n_tokens < 2:  # nothing is left to predict
-            self._segments.clear()
+            self._runs.clear()
             self._n_tokens = 0
             self._fill()
-        begins = self._segments[0].begins
+        begins = self._runs[0].begins
         return DocumentRow(self._take(min(self._seq_len, self._n_tokens - 1)), begins)
 
     def _fill(self) -> None:
         """Hold a row and its last label, or what the document has left."""
         while self._n_tokens <= self._seq_len:
-            segment = self._ahead or next(self._source)
-            if self._segments and segment.begins:
-                self._ahead = segment
+            run = self._ahead or next(self._source)
+            if self._runs and run.begins:
+                self._ahead = run
                 return
             self._ahead = None
-            self._segments.append(segment)
-            self._n_tokens += len(segment.tokens)
+            self._runs.append(run)
+            self._n_tokens += len(run.tokens)
 
 
 def files_of(units: Sequence[Unit]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 A *unit* is what is shuffled and held out as one: a file, or a byte range of a large file. Units are known from file
 sizes alone, so that a corpus of any size starts at once; where a range really begins is found when it is read
-(`text_reader`).
+(`reader`).
 """
 
 import glob
@@ -17,8 +17,8 @@ TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 PYTHON_STDLIB = "python_stdlib"
 
 MIB = 2**20
-LARGEST_PIECE = 4 * MIB
-PIECES_OF_A_CORPUS = 64
+LARGEST_RANGE = 4 * MIB
+RANGES_OF_A_CORPUS = 64
 BYTES_PER_ROW_TOKEN = 16
 
 # Test data, code of others, and what a build wrote about its own machine.
@@ -149,21 +149,21 @@ def _check_holds_text(files: list[TextFile], what: str) -> None:
         raise ValueError(f"{what} must hold some text, but holds no text: {len(files)} files, all of them empty")
 
 
-def piece_bytes_of(files: list[TextFile], seq_len: int) -> int:
+def range_bytes_of(files: list[TextFile], seq_len: int) -> int:
     """Size above which a file is cut: a 64th of the corpus, at most 4 MiB, but 16 bytes for each token of a row."""
     total = sum(file.size for file in files)
     smallest = BYTES_PER_ROW_TOKEN * seq_len
-    return max(smallest, min(total // PIECES_OF_A_CORPUS, LARGEST_PIECE))
+    return max(smallest, min(total // RANGES_OF_A_CORPUS, LARGEST_RANGE))
 
 
-def cut_into_units(files: list[TextFile], piece_bytes: int) -> list[Unit]:
-    """Units of `files`, in their order: even ranges of at most `piece_bytes`; .gz files stay whole."""
+def cut_into_units(files: list[TextFile], range_bytes: int) -> list[Unit]:
+    """Units of `files`, in their order: even ranges of at most `range_bytes`; .gz files stay whole."""
     units = []
     for file in files:
         if file.size == 0:
             continue
-        pieces = 1 if file.compressed else -(-file.size // piece_bytes)
-        edges = [file.size * piece // pieces for piece in range(pieces + 1)]
+        n_ranges = 1 if file.compressed else -(-file.size // range_bytes)
+        edges = [file.size * i // n_ranges for i in range(n_ranges + 1)]
         units += [Unit(file, start, end) for start, end in itertools.pairwise(edges)]
     return units
 

@@ -26,7 +26,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class TextReader:
     """Documents of a unit, streamed. `text_field` and `broken_lines` ("error" | "skip") are for .jsonl."""
 
-    piece_bytes: int
+    range_bytes: int
     text_field: str = "text"
     broken_lines: str = "error"
     _warned: set[str] = field(default_factory=set)
@@ -38,7 +38,7 @@ class TextReader:
     def documents(self, unit: Unit, shuffle_seed: object = None) -> Iterator[str]:
         """Yield the unit's documents, none of them empty.
 
-        Of a text file: the unit as a whole, or, of .gz, cuts of at most `piece_bytes` at line boundaries. Of a .jsonl
+        Of a text file: the unit as a whole, or, of .gz, ranges of at most `range_bytes` that end at lines. Of a .jsonl
         file: each line's `text_field`; in an order drawn from `shuffle_seed`, if given and the file is not compressed.
         Bytes that are no UTF-8 become U+FFFD. Raises ValueError for a broken line, with file and line number, unless
         broken lines are skipped (one warning per file), and for a broken .gz file.
@@ -46,12 +46,12 @@ class TextReader:
         if unit.file.json_lines:
             yield from self._json_documents(unit, shuffle_seed)
         else:
-            for content in self._text_pieces(unit):
+            for content in self._text_ranges(unit):
                 text = content.decode("utf-8", errors="replace")
                 if text:
                     yield text
 
-    def _text_pieces(self, unit: Unit) -> Iterator[bytes]:
+    def _text_ranges(self, unit: Unit) -> Iterator[bytes]:
         with _opened(unit.file) as stream:
             if not unit.file.compressed:
                 start, end = (self._text_edge(stream, unit.file, edge) for edge in (unit.start, unit.end))
@@ -60,9 +60,9 @@ class TextReader:
                 yield content.removeprefix(BYTE_ORDER_MARK) if start == 0 else content
                 return
             rest = stream.read(len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK)
-            while block := stream.read(self.piece_bytes - len(rest)):
+            while block := stream.read(self.range_bytes - len(rest)):
                 rest += block
-                if len(rest) == self.piece_bytes:
+                if len(rest) == self.range_bytes:
                     cut = rest.rfind(b"\n") + 1 or _last_character(rest)
                     yield rest[:cut]
                     rest = rest[cut:]
@@ -72,8 +72,8 @@ class TextReader:
         """Where a range that starts or ends at `edge` really does: at a line or, within a long one, at a character."""
         if edge in (0, file.size):
             return edge
-        # Ranges are at least half a piece long: a search no longer than that never runs into the next edge.
-        found = _first_line(stream, edge, edge + self.piece_bytes // 2)
+        # Ranges are at least half of `range_bytes` long: a search no longer than that never runs into the next edge.
+        found = _first_line(stream, edge, edge + self.range_bytes // 2)
         if found is not None:
             return found
         stream.seek(edge)

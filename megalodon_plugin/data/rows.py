@@ -23,7 +23,7 @@ from .reader import TextReader
 LANE_COUNTS = (3840, 1920, 960, 480, 256, 240, 128, 120, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
 UNITS_PER_LANE = 4
 # What the lanes together may hold of text that has been read and not been used yet; of several ranks each holds its
-# share. With the largest pieces that makes 256 lanes, so that up to 256 ranks read nothing twice.
+# share. With the largest ranges that makes 256 lanes, so that up to 256 ranks read nothing twice.
 LANES_BYTES = 1024 * MIB
 # A lane may draw units without a line of text for an epoch; several times in a row means that there is none.
 MOST_EMPTY_EPOCHS = 4
@@ -38,7 +38,7 @@ class Cursor(NamedTuple):
 
 
 @dataclass
-class Segment:
+class Run:
     """Consecutive tokens (int32) of one unit, the place of the first, and whether a document begins with it."""
 
     at: Cursor
@@ -46,14 +46,14 @@ class Segment:
     begins: bool = False
 
 
-def lane_count(units: Sequence[Unit], piece_bytes: int) -> int:
+def lane_count(units: Sequence[Unit], range_bytes: int) -> int:
     """K: at least 4 units for a lane, and at most 1 GiB of text open in all lanes together.
 
-    A lane has one piece of a unit in memory. The mean over units is weighted by their size, since that is how long a
-    lane stays in one: a corpus of many small files and a few large ones has its lanes in the large ones.
+    A lane has at most `range_bytes` of one unit in memory. The mean over units is weighted by their size, since that is
+    how long a lane stays in one: a corpus of many small files and a few large ones has its lanes in the large ones.
     """
     total = sum(unit.n_bytes for unit in units)
-    open_bytes = sum(unit.n_bytes * min(unit.n_bytes, piece_bytes) for unit in units) / max(total, 1)
+    open_bytes = sum(unit.n_bytes * min(unit.n_bytes, range_bytes) for unit in units) / max(total, 1)
     fits = (k for k in LANE_COUNTS if k * UNITS_PER_LANE <= len(units) and k * open_bytes <= LANES_BYTES)
     return next(fits, 1)
 
@@ -72,7 +72,7 @@ class Corpus:
         self.seq_len = seq_len
         self.seed = seed
         self.path = path
-        self.n_lanes = lane_count(units, reader.piece_bytes)
+        self.n_lanes = lane_count(units, reader.range_bytes)
         # Lanes are in one epoch or cross into the next.
         self._order = functools.lru_cache(maxsize=3)(self._draw_order)
 
@@ -91,9 +91,9 @@ class Corpus:
 
     def row_stream(self, lane: int, cursor: Cursor) -> Any:
         """The lane's rows from `cursor` on: `next_row` gives them, `cursor` is the place of the next one."""
-        return RowStream(self.lane_segments(lane, cursor), self.seq_len, cursor)
+        return RowStream(self.lane_runs(lane, cursor), self.seq_len, cursor)
 
-    def lane_segments(self, lane: int, cursor: Cursor) -> Iterator[Segment]:
+    def lane_runs(self, lane: int, cursor: Cursor) -> Iterator[Run]:
         """The endless stream of lane `lane` from `cursor` on. ValueError when the lane finds no text."""
         epoch, index, token = cursor
         empty_epochs = 0
@@ -102,18 +102,18 @@ class Corpus:
             found = index > 0 or token > 0
             for place in range(index, len(order)):
                 unit = self.units[order[place]]
-                for segment in self.unit_segments(unit, epoch, place, token, f"{self.seed} {epoch} {unit.identity}"):
+                for run in self.unit_runs(unit, epoch, place, token, f"{self.seed} {epoch} {unit.identity}"):
                     found = True
-                    yield segment
+                    yield run
                 token = 0
             empty_epochs = 0 if found else empty_epochs + 1
             if empty_epochs == (1 if self.n_lanes == 1 else MOST_EMPTY_EPOCHS):
                 raise ValueError(f'the text of "{self.path}" must yield tokens, but it holds no text')
             epoch, index = epoch + 1, 0
 
-    def unit_segments(
+    def unit_runs(
         self, unit: Unit, epoch: int = 0, place: int = 0, first: int = 0, shuffle_seed: str | None = None
-    ) -> Iterator[Segment]:
+    ) -> Iterator[Run]:
         """The unit's documents as tokens from token `first` on; ValueError when the unit has fewer than that."""
         end = 0
         for text, begins, ends in self.texts(unit, shuffle_seed):
@@ -121,7 +121,7 @@ class Corpus:
             start, end = end, end + len(tokens)
             skip = max(first - start, 0)
             if skip < len(tokens):
-                yield Segment(Cursor(epoch, place, start + skip), tokens[skip:], begins and skip == 0)
+                yield Run(Cursor(epoch, place, start + skip), tokens[skip:], begins and skip == 0)
         if end < first:
             raise ValueError(
                 f"{unit.file.path} must be as it was when the checkpoint was saved, but {unit.identity} has {end} "
@@ -144,23 +144,23 @@ class Corpus:
 
 
 class RowStream:
-    """Cuts a stream of segments into rows. `cursor` is the place of the next row's first token."""
+    """Cuts a stream of runs into rows. `cursor` is the place of the next row's first token."""
 
-    def __init__(self, segments: Iterator[Segment], seq_len: int, cursor: Cursor) -> None:
+    def __init__(self, runs: Iterator[Run], seq_len: int, cursor: Cursor) -> None:
         self.cursor = cursor
-        self._source = segments
+        self._source = runs
         self._seq_len = seq_len
-        self._segments: deque[Segment] = deque()
+        self._runs: deque[Run] = deque()
         self._n_tokens = 0
 
     def next_row(self) -> np.ndarray | None:
         """The next seq_len + 1 tokens, int32, of which the last is the next row's first; None when they run out."""
         while self._n_tokens <= self._seq_len:
-            segment = next(self._source, None)
-            if segment is None:
+            run = next(self._source, None)
+            if run is None:
                 return None
-            self._segments.append(segment)
-            self._n_tokens += len(segment.tokens)
+            self._runs.append(run)
+            self._n_tokens += len(run.tokens)
         return self._take(self._seq_len)
 
     def _take(self, n: int) -> np.ndarray:
@@ -168,17 +168,17 @@ class RowStream:
         row = np.empty(n + 1, dtype=np.int32)
         filled = 0
         while filled < n:
-            segment = self._segments[0]
-            taken = segment.tokens[: n - filled]
+            run = self._runs[0]
+            taken = run.tokens[: n - filled]
             row[filled : filled + len(taken)] = taken
             filled += len(taken)
-            if len(taken) == len(segment.tokens):
-                self._segments.popleft()
+            if len(taken) == len(run.tokens):
+                self._runs.popleft()
             else:
-                at = segment.at._replace(token=segment.at.token + len(taken))
-                self._segments[0] = Segment(at, segment.tokens[len(taken) :])
-        row[-1] = self._segments[0].tokens[0]
-        self.cursor = self._segments[0].at
+                at = run.at._replace(token=run.at.token + len(taken))
+                self._runs[0] = Run(at, run.tokens[len(taken) :])
+        row[-1] = self._runs[0].tokens[0]
+        self.cursor = self._runs[0].at
         self._n_tokens -= n
         return row
 
@@ -229,7 +229,7 @@ def lanes_of_rank(n_lanes: int, rank: int, n_ranks: int) -> list[int]:
 
 def rows_in_order(corpus: Corpus) -> Iterator[np.ndarray]:
     """Rows of one pass over the units in their order, unshuffled; the tokens after the last full row are left out."""
-    segments = (segment for place, unit in enumerate(corpus.units) for segment in corpus.unit_segments(unit, 0, place))
-    stream = RowStream(segments, corpus.seq_len, Cursor(0, 0, 0))
+    runs = (run for place, unit in enumerate(corpus.units) for run in corpus.unit_runs(unit, 0, place))
+    stream = RowStream(runs, corpus.seq_len, Cursor(0, 0, 0))
     while (row := stream.next_row()) is not None:
         yield row

@@ -10,13 +10,13 @@ from torch import Tensor
 from .files import MIB, TextFile, cut_into_units
 from .reader import TextReader
 
-PIECE_BYTES = MIB
+RANGE_BYTES = MIB
 
 
 class TextStream:
     """Tokens of the files, each document between the tokenizer's begin and end tokens.
 
-    A .txt, .md or .py file is a document, each line of .jsonl is one. Long files are tokenised in pieces that end at
+    A .txt, .md or .py file is a document, each line of .jsonl is one. Long files are tokenised in ranges that end at
     lines.
 
     Args:
@@ -25,9 +25,9 @@ class TextStream:
 
     def __init__(self, files: list[TextFile], tokenizer: Any, text_field: str = "text", max_tokens: int | None = None):
         self._files, self._tokenizer = files, tokenizer
-        self._reader = TextReader(PIECE_BYTES, text_field)
+        self._reader = TextReader(RANGE_BYTES, text_field)
         self._left = max_tokens
-        self._segments = self._tokens_of_files()
+        self._runs = self._tokens_of_files()
         self._rest = np.empty(0, np.int32)
         self.n_taken = 0
         self.n_bytes = 0
@@ -36,9 +36,9 @@ class TextStream:
     def take(self, n: int) -> Tensor:
         """The next n tokens, (n,) int64; fewer at the end."""
         held, n_held = [self._rest], len(self._rest)
-        while n_held < n and (segment := next(self._segments, None)) is not None:
-            held.append(segment)
-            n_held += len(segment)
+        while n_held < n and (run := next(self._runs, None)) is not None:
+            held.append(run)
+            n_held += len(run)
         if len(held) > 1:
             self._rest = np.concatenate(held)
         taken, self._rest = self._rest[:n], self._rest[n:]
@@ -51,7 +51,7 @@ class TextStream:
             n -= taken
 
     def _tokens_of_files(self) -> Iterator[np.ndarray]:
-        for ids, text in self._pieces():
+        for ids, text in self._texts():
             n_bytes = len(text.encode("utf-8", "replace"))
             if self._left is not None:
                 if len(ids) > self._left:
@@ -63,11 +63,11 @@ class TextStream:
             if self._left == 0:
                 return
 
-    def _pieces(self) -> Iterator[tuple[list[int], str]]:
-        """(tokens, text) piece by piece."""
+    def _texts(self) -> Iterator[tuple[list[int], str]]:
+        """(tokens, text) of one range after another."""
         encode = self._tokenizer.encode
         for file in self._files:
-            documents = (text for unit in cut_into_units([file], PIECE_BYTES) for text in self._reader.documents(unit))
+            documents = (text for unit in cut_into_units([file], RANGE_BYTES) for text in self._reader.documents(unit))
             if file.json_lines:
                 for text in documents:
                     yield encode(text, add_bos=True, add_eos=True), text

@@ -24,7 +24,7 @@ from megalodon_plugin.data.files import (
     cut_into_units,
     find_python_stdlib,
     find_text_files,
-    piece_bytes_of,
+    range_bytes_of,
 )
 from megalodon_plugin.data.files import split_units as split
 from megalodon_plugin.data.reader import TextReader
@@ -303,15 +303,15 @@ def _corpus(
     # Both sides of a split must cut the files alike, whatever the length of their rows.
     seq_len = job_config.training.seq_len if shared else options.seq_len
     _check_batch(options.local_batch_size, min(seq_len, options.seq_len))
-    piece_bytes = piece_bytes_of(files, seq_len)
-    units = cut_into_units(files, piece_bytes)
+    range_bytes = range_bytes_of(files, seq_len)
+    units = cut_into_units(files, range_bytes)
     if shared:
         divide = split_files if carries_state(job_config) else split
         units = _side(units, section, data.validation_fraction, data.seed, divide)
     path = options.dataset_path or options.dataset
     size = sum(unit.n_bytes for unit in units) / 2**20
     logger.info(f'{section} text: "{path}", {len(files)} files; {size:.1f} MiB in {len(units)} units')
-    reader = TextReader(piece_bytes, data.text_field, data.broken_lines)
+    reader = TextReader(range_bytes, data.text_field, data.broken_lines)
     how = (reader, tokenizer, options.seq_len, data.seed, path)
     return Corpus(units, *how) if n_document_lanes is None else DocumentCorpus(units, *how, n_lanes=n_document_lanes)
 

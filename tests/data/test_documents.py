@@ -46,8 +46,8 @@ def documents_of(folder: Path) -> list[str]:
 
 
 def corpus_of(folder: Path, n_lanes: int = 3, seq_len: int = SEQ_LEN, tokenizer: Any = None) -> DocumentCorpus:
-    units = cut_into_units(find_text_files(str(folder)), piece_bytes=100)
-    reader = TextReader(piece_bytes=100)
+    units = cut_into_units(find_text_files(str(folder)), range_bytes=100)
+    reader = TextReader(range_bytes=100)
     return DocumentCorpus(units, reader, tokenizer or ByteTokenizer(), seq_len, 0, str(folder), n_lanes=n_lanes)
 
 
@@ -55,7 +55,7 @@ def rows_of_an_epoch(corpus: DocumentCorpus, lane: int) -> list[DocumentRow]:
     stream, rows = corpus.row_stream(lane, Cursor(0, 0, 0)), []
     while True:
         row = stream.next_row()
-        if row.begins and stream._segments[0].at.epoch == 1:
+        if row.begins and stream._runs[0].at.epoch == 1:
             return rows
         rows.append(row)
 
@@ -75,7 +75,7 @@ def joined(rows: list[DocumentRow]) -> list[list[int]]:
 @pytest.mark.parametrize("seq_len", [1, 7, 16, 10_000])
 def test_an_epoch_holds_every_document_once_and_whole(folder: Path, seq_len: int) -> None:
     corpus = corpus_of(folder, seq_len=seq_len)
-    assert len(corpus.units) > len(corpus._files) + 10, "files are read in pieces"
+    assert len(corpus.units) > len(corpus._files) + 10, "files are read in ranges"
     lanes = [rows_of_an_epoch(corpus, lane) for lane in range(3)]
     found = [document for rows in lanes for document in joined(rows)]
     expected = [[BOS, *text.encode(), EOS] for text in documents_of(folder)]
@@ -117,14 +117,14 @@ def test_fewer_files_than_rows_of_a_step_are_refused(folder: Path) -> None:
 
 def test_the_order_of_documents_is_part_of_the_fingerprint(folder: Path) -> None:
     prints = {corpus_of(folder, n_lanes=n).fingerprint() for n in (1, 2, 8)}
-    units = cut_into_units(find_text_files(str(folder)), piece_bytes=100)
+    units = cut_into_units(find_text_files(str(folder)), range_bytes=100)
     packed = Corpus(units, TextReader(100), ByteTokenizer(), SEQ_LEN, 0, str(folder))
     assert packed.n_lanes == 8
     assert len({*prints, packed.fingerprint()}) == 4
 
 
 def test_held_out_files_are_whole(folder: Path) -> None:
-    units = cut_into_units(find_text_files(str(folder)), piece_bytes=100)
+    units = cut_into_units(find_text_files(str(folder)), range_bytes=100)
     training, validation = split_files(units, 0.3, seed=0)
     assert sorted([*training, *validation], key=units.index) == units and validation
     names = [{unit.file.name for unit in side if not unit.file.json_lines} for side in (training, validation)]

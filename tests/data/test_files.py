@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from megalodon_plugin.data import reader as text_reader
+from megalodon_plugin.data import reader
 from megalodon_plugin.data.files import (
     TextFile,
     Unit,
     cut_into_units,
     find_python_stdlib,
     find_text_files,
-    piece_bytes_of,
+    range_bytes_of,
     split_units,
 )
 from megalodon_plugin.data.reader import TextReader
@@ -98,8 +98,8 @@ def test_the_standard_library_is_python_without_tests() -> None:
     ("total", "seq_len", "expected"),
     [(1000, 8, 128), (64 * 1000, 8, 1000), (2**40, 8, 2**22), (2**40, 2**21, 2**25)],
 )
-def test_piece_size_adapts_to_the_corpus(total: int, seq_len: int, expected: int) -> None:
-    assert piece_bytes_of([TextFile("a", "a", total)], seq_len) == expected
+def test_range_size_adapts_to_the_corpus(total: int, seq_len: int, expected: int) -> None:
+    assert range_bytes_of([TextFile("a", "a", total)], seq_len) == expected
 
 
 def test_cutting_reads_nothing_and_leaves_gz_whole() -> None:
@@ -120,21 +120,21 @@ CONTENTS: dict[str, Callable[[], str]] = {
 
 
 @pytest.mark.parametrize("content", CONTENTS)
-@pytest.mark.parametrize("piece_bytes", [16, 101, 1000, 10**6])
-def test_ranges_hold_each_byte_once(tmp_path: Path, content: str, piece_bytes: int) -> None:
+@pytest.mark.parametrize("range_bytes", [16, 101, 1000, 10**6])
+def test_ranges_hold_each_byte_once(tmp_path: Path, content: str, range_bytes: int) -> None:
     text = CONTENTS[content]()
     (tmp_path / "a.txt").write_bytes(text.encode())
-    units = cut_into_units(find_text_files(str(tmp_path)), piece_bytes)
-    documents = [list(TextReader(piece_bytes).documents(unit)) for unit in units]
+    units = cut_into_units(find_text_files(str(tmp_path)), range_bytes)
+    documents = [list(TextReader(range_bytes).documents(unit)) for unit in units]
     assert all(len(own) <= 1 for own in documents)
-    pieces = [own[0] for own in documents if own]
-    assert "".join(pieces) == text  # no character is cut either, or it would come back as U+FFFD
-    if content == "short lines" and piece_bytes > 100:
-        assert all(piece.endswith("\n") for piece in pieces)
-    assert all(len(piece.encode()) <= 1.5 * piece_bytes + 4 for piece in pieces)
+    ranges = [own[0] for own in documents if own]
+    assert "".join(ranges) == text  # no character is cut either, or it would come back as U+FFFD
+    if content == "short lines" and range_bytes > 100:
+        assert all(text.endswith("\n") for text in ranges)
+    assert all(len(text.encode()) <= 1.5 * range_bytes + 4 for text in ranges)
 
 
-def test_a_large_file_is_read_in_bounded_pieces(tmp_path: Path) -> None:
+def test_a_large_file_is_read_in_bounded_ranges(tmp_path: Path) -> None:
     size = 2**40
     with open(tmp_path / "holes.txt", "wb") as stream:  # a terabyte of holes takes no room
         stream.write(b"first line\n")
@@ -148,12 +148,12 @@ def test_a_large_file_is_read_in_bounded_pieces(tmp_path: Path) -> None:
     assert len(document) < 2 * 2**20 and "middle line" in document
 
 
-@pytest.mark.parametrize("piece_bytes", [16, 100, 1000, 10**6])
-def test_jsonl_ranges_hold_each_line_once(tmp_path: Path, piece_bytes: int) -> None:
+@pytest.mark.parametrize("range_bytes", [16, 100, 1000, 10**6])
+def test_jsonl_ranges_hold_each_line_once(tmp_path: Path, range_bytes: int) -> None:
     texts = [f"document {n} " + "y" * (n % 50) for n in range(300)]
     path = write_jsonl(tmp_path / "a.jsonl", texts)
-    units = cut_into_units(find_text_files(str(path)), piece_bytes)
-    read = [text for unit in units for text in TextReader(piece_bytes).documents(unit)]
+    units = cut_into_units(find_text_files(str(path)), range_bytes)
+    read = [text for unit in units for text in TextReader(range_bytes).documents(unit)]
     assert read == texts
 
 
@@ -166,17 +166,17 @@ def test_jsonl_lines_are_shuffled_by_the_seed_alone(tmp_path: Path) -> None:
     assert sorted(once) == sorted(other) == sorted(texts) and once != texts
 
 
-def test_gz_text_is_streamed_in_pieces_at_line_ends(tmp_path: Path) -> None:
+def test_gz_text_is_streamed_in_ranges_at_line_ends(tmp_path: Path) -> None:
     text = "".join(f"zeile {n} ü\n" for n in range(2000)) + "ü" * 700
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
-    pieces = list(TextReader(301).documents(whole(tmp_path / "a.txt.gz")))
-    assert "".join(pieces) == text
-    assert max(len(piece.encode()) for piece in pieces) <= 301
-    assert all(piece.endswith("\n") for piece in pieces[:80])
+    ranges = list(TextReader(301).documents(whole(tmp_path / "a.txt.gz")))
+    assert "".join(ranges) == text
+    assert max(len(text.encode()) for text in ranges) <= 301
+    assert all(text.endswith("\n") for text in ranges[:80])
 
 
 def test_large_gz_is_read_from_the_open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_reader, "SMALL_GZIP", 10)
+    monkeypatch.setattr(reader, "SMALL_GZIP", 10)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n\n{"text": "two"}\n'))
     assert list(TextReader(100).documents(whole(tmp_path / "a.jsonl.gz"))) == ["one", "two"]
 
@@ -211,17 +211,17 @@ def test_byte_order_mark_and_broken_utf8_are_tolerated(tmp_path: Path) -> None:
         ('{"text": 3}', 'field "text" must be a string, but is a int'),
     ],
 )
-@pytest.mark.parametrize("piece_bytes", [16, 64, 10**6])
+@pytest.mark.parametrize("range_bytes", [16, 64, 10**6])
 @pytest.mark.parametrize("shuffle_seed", [None, "s"])
 def test_broken_lines_are_told_by_file_and_line(
-    tmp_path: Path, line: str, message: str, piece_bytes: int, shuffle_seed: str | None
+    tmp_path: Path, line: str, message: str, range_bytes: int, shuffle_seed: str | None
 ) -> None:
     good = '{"text": "good"}'
     (tmp_path / "a.jsonl").write_text("\n".join([good] * 20 + [""] + [line] + [good] * 20))
-    units = cut_into_units(find_text_files(str(tmp_path)), piece_bytes)
+    units = cut_into_units(find_text_files(str(tmp_path)), range_bytes)
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 22: .*{message}.*data\.broken_lines"):
         for unit in units:
-            list(TextReader(piece_bytes).documents(unit, shuffle_seed))
+            list(TextReader(range_bytes).documents(unit, shuffle_seed))
 
 
 def test_skipped_lines_are_counted_in_one_warning_per_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

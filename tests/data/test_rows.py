@@ -32,9 +32,9 @@ def write_corpus(folder: Path, n_files: int = 24) -> None:
     (folder / "lines.jsonl").write_text("\n".join(lines))
 
 
-def corpus_of(folder: Path, seed: int = 0, piece_bytes: int = 400, seq_len: int = SEQ_LEN) -> Corpus:
-    units = cut_into_units(find_text_files(str(folder)), piece_bytes)
-    return Corpus(units, RecordingReader(piece_bytes), ByteTokenizer(), seq_len, seed, str(folder))
+def corpus_of(folder: Path, seed: int = 0, range_bytes: int = 400, seq_len: int = SEQ_LEN) -> Corpus:
+    units = cut_into_units(find_text_files(str(folder)), range_bytes)
+    return Corpus(units, RecordingReader(range_bytes), ByteTokenizer(), seq_len, seed, str(folder))
 
 
 def start(corpus: Corpus, rank: int, n_ranks: int) -> RankRows:
@@ -76,18 +76,18 @@ def test_each_token_is_read_once_in_an_epoch(corpus: Corpus) -> None:
             n_documents += 1
     found: Counter[int] = Counter()
     for lane in range(corpus.n_lanes):
-        for segment in corpus.lane_segments(lane, START):
-            if segment.at.epoch == 1:
+        for run in corpus.lane_runs(lane, START):
+            if run.at.epoch == 1:
                 break
-            found.update(segment.tokens.tolist())
+            found.update(run.tokens.tolist())
     assert found == expected and found[256] == n_documents > 60
 
 
 def test_inputs_of_a_lane_are_its_stream_and_labels_are_one_ahead(corpus: Corpus) -> None:
     stream: list[int] = []
-    for segment in corpus.lane_segments(1, START):
-        stream += segment.tokens.tolist()
-        if segment.at.epoch == 2:
+    for run in corpus.lane_runs(1, START):
+        stream += run.tokens.tolist()
+        if run.at.epoch == 2:
             break
     n_rows = (len(stream) - 1) // SEQ_LEN
     rows = start(corpus, 1, corpus.n_lanes).advance(n_rows * corpus.n_lanes)
@@ -177,7 +177,7 @@ def test_lane_count_depends_on_units_and_memory(n_units: int, unit_bytes: int, e
     assert lane_count(units, 2**24) == expected
 
 
-def test_large_gz_files_count_as_the_piece_that_is_open() -> None:
+def test_large_gz_files_count_as_the_range_that_is_open() -> None:
     units = [Unit(TextFile(f"{n}.gz", f"{n}.txt.gz", 2**30), 0, 2**30) for n in range(1000)]
     assert lane_count(units, 2**20) == 240  # 250 units for 4 a lane; 1 MiB of each is open
 
