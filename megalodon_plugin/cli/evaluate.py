@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import resource
 import sys
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megalodon_plugin import __version__
+from megalodon_plugin.data.fingerprint import hash_of, tokenizer_probe
 from megalodon_plugin.model import Megalodon
 from megalodon_plugin.model.inference.norm_window import PIECE_CHUNKS
 from megalodon_plugin.model.inference.prefill import fingerprint
@@ -28,14 +28,13 @@ SCORING = (
     "windows of `context` inputs; every token but the first is scored once at every context length; at position p of "
     "its window it has seen p + 1 tokens; begin and end tokens are scored and have no bytes"
 )
-PROBE = "The 3 café's\n\tcost: 1234.5 €; \u6771\u4eac!"
 
 
 def run_evaluate(known: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        ValueError: see `_check`, `titan.load.load_checkpoint` and `titan.text_files.find_text_files`; the text is
+        ValueError: see `_check`, `titan.load_model.load_checkpoint` and `data.files.find_text_files`; the text is
             shorter than a context, a loss is not finite, or the progress is that of another evaluation.
     """
     _check(known)
@@ -68,7 +67,7 @@ class _Evaluation:
         self.progress = known.out / "progress.safetensors"
         self.identity = {
             "model": fingerprint(model),
-            "tokenizer": _mark_of(tokenizer),
+            "tokenizer": hash_of("tokenizer", *tokenizer_probe(tokenizer)).hex(),
             "device": self._device.type,
             "dtype": str(model.tok_embeddings.weight.dtype),
             "files": [[file.name, file.size] for file in files],
@@ -199,9 +198,3 @@ class _Evaluation:
             "version": __version__,
             "contexts": self.results,
         }
-
-
-def _mark_of(tokenizer: Any) -> str:
-    """A mark that other tokenizers do not share, whatever the path they were loaded from: what they make of a text."""
-    made = [tokenizer.get_vocab_size(), *tokenizer.encode(PROBE, add_bos=True, add_eos=True)]
-    return hashlib.blake2b(json.dumps(made).encode(), digest_size=8).hexdigest()

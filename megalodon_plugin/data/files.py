@@ -6,12 +6,13 @@ sizes alone, so that a corpus of any size starts at once; where a range really b
 """
 
 import glob
-import hashlib
 import itertools
 import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from .fingerprint import hash_of
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 PYTHON_STDLIB = "python_stdlib"
@@ -187,8 +188,3 @@ def split_units(units: list[Unit], validation_fraction: float, seed: int) -> tup
         held_out[draws.index(max(draws))] = False
     training = [unit for unit, out in zip(units, held_out, strict=True) if not out]
     return training, [unit for unit, out in zip(units, held_out, strict=True) if out]
-
-
-def hash_of(*parts: object) -> bytes:
-    """Sixteen bytes that depend on the parts' text alone, the same in every process and version."""
-    return hashlib.blake2b("\0".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import logging
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import IO, cast
 
-from torchtitan.tools.logging import logger
+from .files import TextFile, Unit
+from .fingerprint import hash_of
 
-from .files import TextFile, Unit, hash_of
+logger = logging.getLogger(__name__)
 
 BROKEN_LINES = ("error", "skip")
 SCAN_BLOCK = 64 * 1024

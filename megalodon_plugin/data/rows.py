@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from torchtitan.components.tokenizer import BaseTokenizer
 
-from .files import MIB, Unit, hash_of
+from .files import MIB, Unit
+from .fingerprint import hash_of, tokenizer_probe
 from .reader import TextReader
+from .tokenizer import Tokenizer
 
 # Multiples of many numbers of ranks, foremost of powers of two.
 LANE_COUNTS = (3840, 1920, 960, 480, 256, 240, 128, 120, 64, 48, 32, 24, 16, 12, 8, 4, 2, 1)
@@ -64,7 +65,7 @@ class Corpus:
     kind = "corpus"
 
     def __init__(
-        self, units: Sequence[Unit], reader: TextReader, tokenizer: BaseTokenizer, seq_len: int, seed: int, path: str
+        self, units: Sequence[Unit], reader: TextReader, tokenizer: Tokenizer, seq_len: int, seed: int, path: str
     ) -> None:
         self.units = units
         self.reader = reader
@@ -78,9 +79,8 @@ class Corpus:
 
     def fingerprint(self) -> int:
         """63 bits that differ where rows do: a hash of seed, row length, tokenizer, units, and how they are read."""
-        probe = self.tokenizer.encode("Ab z\n\t 0123 déjà vu: ≠ 文字 {[(x_1)]};", add_bos=True, add_eos=True)
         units = hash_of(*(f"{unit.identity} {unit.file.size} {unit.start} {unit.end}" for unit in self.units))
-        vocabulary = (self.tokenizer.get_vocab_size(), *probe)
+        vocabulary = tokenizer_probe(self.tokenizer)
         parts = (self.seed, self.seq_len, vocabulary, units.hex(), self.n_lanes, self.reader.text_field)
         return int.from_bytes(hash_of(self.kind, *parts)[:8], "big") >> 1
 

@@ -1,7 +1,6 @@
 """Texts as one stream of tokens, in file order, for evaluation: read as it is asked for, never held as a whole."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from .files import MIB, TextFile, cut_into_units
 from .reader import TextReader
+from .tokenizer import Tokenizer
 
 RANGE_BYTES = MIB
 
@@ -23,7 +23,9 @@ class TextStream:
         max_tokens: the stream ends after so many.
     """
 
-    def __init__(self, files: list[TextFile], tokenizer: Any, text_field: str = "text", max_tokens: int | None = None):
+    def __init__(
+        self, files: list[TextFile], tokenizer: Tokenizer, text_field: str = "text", max_tokens: int | None = None
+    ):
         self._files, self._tokenizer = files, tokenizer
         self._reader = TextReader(RANGE_BYTES, text_field)
         self._left = max_tokens

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "bench": {"planning", "titan", "parallel", "checkpoint", "model", "ops", "kernels", "data", "files"},
     "cli": {"bench", "planning", "titan", "parallel", "checkpoint", "model", "ops", "kernels", "data", "files"},
 }
-IMPORTS_TORCHTITAN = {"titan", "planning", "bench", "cli", "data"}
+IMPORTS_TORCHTITAN = {"titan", "planning", "bench", "cli"}
 # Parameters may be sharded by the host: initialisation knows the sharded tensor type, and nothing else of ranks.
 IMPORTS_DISTRIBUTED = {"model/init.py": {"torch.distributed.tensor"}}
 MOST_LINES = 400
