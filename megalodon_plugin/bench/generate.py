@@ -7,7 +7,6 @@ logits, for it has no cache to read in pieces with. Writing: one token a step af
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import resource
 import sys
 import time
@@ -18,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from megalodon_plugin import __version__
 from megalodon_plugin.files import write_json
 from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model.inference.decode import Decoder
 from megalodon_plugin.model.inference.prefill import Reading, read
 from megalodon_plugin.model.precision import lower_matrices
+
+from .environment import device_name, environment
 
 Row = dict[str, Any]
 # Sizes of Llama with as many parameters, where that is known.
@@ -49,16 +49,10 @@ def run_bench_generate(known: argparse.Namespace) -> None:
         raise ValueError(f"`--flavor` must be one of {', '.join(PRESETS)}, but is {known.flavor!r}")
     if known.against and known.flavor not in LLAMAS:
         raise ValueError(f"`--against llama` needs a flavor of {', '.join(LLAMAS)}, but `--flavor` is {known.flavor}")
-    from .ops.run import commit_of_this_code
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "version": __version__,
-        "commit": known.commit or commit_of_this_code(),
-        "date": datetime.date.today().isoformat(),
+        **environment(device_name(device), known.commit),
         "dtype": "bfloat16" if device.type == "cuda" else "float32",
         "flavor": known.flavor,
         "rows": [],

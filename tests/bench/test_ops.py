@@ -252,7 +252,7 @@ def test_a_run_writes_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bench_ops, "REFERENCES", {"cema": ("fft",), "timestep_norm": ("torch",)})
     report = small_run(tmp_path, monkeypatch, "--commit", "abc", "--layer")
     assert report["commit"] == "abc"
-    assert {"gpu", "torch", "date", "copy_tb_s", "matmul_tflops", "rows", "accuracy", "cpu"} <= report.keys()
+    assert {"device", "torch", "date", "copy_tb_s", "matmul_tflops", "rows", "accuracy", "cpu"} <= report.keys()
     names = [(row["op"], row["impl"], row["B"], row["L"], row["D"], row["dtype"]) for row in report["rows"]]
     assert len(names) == len(set(names))
     assert ("cema", "fft", 1, 32, 16, "bfloat16") in names and ("timestep_norm", "cuda", 1, 40, 8, "bfloat16") in names

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..environment import device_of
+
 Row = dict[str, Any]
 COLORS = {"cuda": "tab:green", "compiled": "tab:orange", "torch": "tab:blue", "fft": "tab:purple"}
 SWEEP_DIM = 4096
@@ -134,7 +136,7 @@ def draw(report: Row, path: Path) -> None:
     figure, (bars, lines) = plt.subplots(2, 1, figsize=(11, 10))
     _draw_multiples(bars, rows)
     _draw_sweep(lines, rows, report["copy_tb_s"])
-    figure.suptitle(f"{report['gpu']}, torch {report['torch']}, commit {report['commit']}, {report['date'][:10]}")
+    figure.suptitle(f"{device_of(report)}, torch {report['torch']}, commit {report['commit']}, {report['date'][:10]}")
     figure.tight_layout()
     unfinished = path.with_name(path.name + ".unfinished")
     figure.savefig(unfinished, dpi=110, format="png")

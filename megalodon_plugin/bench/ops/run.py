@@ -1,11 +1,8 @@
 """The run behind `megalodon bench ops`: check, ceilings, times, report."""
 
 import argparse
-import datetime
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from megalodon_plugin.files import write_json
 from megalodon_plugin.ops.dispatch import use_kernels
 
 from .. import timing as bench_timing
+from ..environment import device_name, environment
 from . import OPS
 from . import layer as bench_layer
 from . import report as bench_report
@@ -53,7 +51,7 @@ class Bench:
             SystemExit: the kernels are wrong somewhere; nothing is timed then.
         """
         self.options.out.mkdir(parents=True, exist_ok=True)
-        self.report = {**environment(self.device, self.options.commit), "rows": [], "accuracy": []}
+        self.report = {**environment(device_name(self.device), self.options.commit), "rows": [], "accuracy": []}
         references = self.check()
         if self.options.accuracy_only:
             self.write("accuracy.json")
@@ -311,31 +309,3 @@ class Bench:
                     self.report.setdefault("spread", {})[f"{op}_{which}"] = spread
                     print(f"{op}, {which}: time per element over the lengths within {spread:.1%} of the fastest")
         self.write("ops.json")
-
-
-def environment(device: torch.device, commit: str | None) -> Row:
-    """gpu, torch, cuda, driver, commit and date (UTC)."""
-    return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "commit": commit or commit_of_this_code(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def commit_of_this_code() -> str:
-    here = str(Path(__file__).parent)
-    commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
-    changed = commit != "unknown" and _output("git", "-C", here, "status", "--porcelain", "-uno") not in ("", "unknown")
-    return commit + ("-changed" if changed else "")
-
-
-def _output(*command: str) -> str:
-    """What a program prints, "unknown" where it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -12,7 +12,6 @@ What is checked or timed runs in processes of its own. After a failure the rest 
 """
 
 import argparse
-import datetime
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 
-from megalodon_plugin import __version__
 from megalodon_plugin.files import write_json
 from megalodon_plugin.model import PRESETS
 from megalodon_plugin.parallel.chunk import check_chunk_parallel
@@ -29,7 +27,7 @@ from megalodon_plugin.parallel.tensor_plan import check_tensor_parallel
 from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.planning.traffic import Links
 
-from ..ops.run import commit_of_this_code
+from ..environment import environment
 from ..train.job import Job, check_steps
 from ..train.run import SIZES
 from .launch import ALLOCATOR, run_orders
@@ -67,13 +65,10 @@ def run_bench_parallel(known: argparse.Namespace) -> int:
     gpus = known.gpus or (torch.cuda.device_count() if on_gpu else 2)
     layouts = _checked_layouts(known, gpus, on_gpu)
     results: dict[str, Any] = {
-        "device": "GPU" if on_gpu else "CPU",  # ranks tell which; this process takes no memory of it
+        # Ranks report which GPU; this process takes no memory of it.
+        **environment("GPU" if on_gpu else "CPU", known.commit),
         "backend": "nccl" if on_gpu else "gloo",
         "gpus": gpus,
-        "torch": torch.__version__,
-        "version": __version__,
-        "commit": known.commit or commit_of_this_code(),
-        "date": datetime.date.today().isoformat(),
         "dtype": "bfloat16" if on_gpu else "float32",
         "compiled": not known.eager,
         "checkpointing": known.checkpointing,

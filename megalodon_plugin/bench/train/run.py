@@ -5,17 +5,15 @@ with selective activation checkpointing ("op"), each with its own list of what i
 """
 
 import argparse
-import datetime
 import logging
 import os
 from typing import Any
 
 import torch
 
-from megalodon_plugin import __version__
 from megalodon_plugin.files import write_json
 
-from ..ops.run import commit_of_this_code
+from ..environment import device_name, environment
 from .job import Job, check_steps, free_port, run_job
 from .profile import print_shares, shares
 from .report import draw, table
@@ -44,11 +42,7 @@ def run_bench_train(known: argparse.Namespace) -> None:
     _one_process()
     on_gpu = torch.cuda.is_available()
     results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "version": __version__,
-        "commit": known.commit or commit_of_this_code(),
-        "date": datetime.date.today().isoformat(),
+        **environment(device_name(torch.device("cuda" if on_gpu else "cpu")), known.commit),
         "dtype": "bfloat16" if on_gpu else "float32",
         "compiled": not known.eager,
         "rows": [],
