@@ -2,13 +2,14 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
+
+from support.processes import HANG_S, run_python, run_python_until
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "job": {"custom_config_module": "megalodon_plugin.titan.job_config"},
@@ -37,6 +38,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     },
     "activation_checkpoint": {"mode": "none"},
     "checkpoint": {"enable": True, "interval": 3, "last_save_model_only": False, "keep_latest_k": 0},
+    "comm": {"init_timeout_seconds": HANG_S, "train_timeout_seconds": HANG_S},
     "debug": {"seed": 0},
 }
 
@@ -74,55 +76,44 @@ def read_job(config: Path, *options: str) -> Any:
     return ConfigManager().parse_args(["--job.config_file", str(config), *options])
 
 
-def command(config: Path, *options: str, processes: int = 1, module: str = "megalodon_plugin.cli.train") -> list[str]:
-    """The command line that trains; a single process does without torchrun."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    start = torchrun if processes > 1 else []
-    return [sys.executable, "-m", *start, module, "--job.config_file", str(config), *options]
-
-
 def environment() -> dict[str, str]:
-    """Of a single process; torchrun sets these variables anew. Port 0 is a free one."""
+    """Of a single process that is started as a program: its rank, and where the tests' own modules are."""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     paths = [*map(str, Path(__file__).parents[1:3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | rank | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def train(config: Path, *options: str, **how: Any) -> subprocess.CompletedProcess[str]:
+def train(config: Path, *options: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run the job to its end. `stdout` of the result is the whole log."""
+    return run_python("-m", "megalodon_plugin.cli.train", "--job.config_file", config, *options, ranks=processes)
+
+
+def torchrun(
+    config: Path, *options: str, processes: int = 1, module: str = "megalodon_plugin.cli.train"
+) -> subprocess.CompletedProcess[str]:
+    """Run the job to its end as a user does, with new interpreters: for tests of how it starts."""
+    start = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module]
     return subprocess.run(
-        command(config, *options, **how),
+        [sys.executable, "-m", *start, "--job.config_file", str(config), *options],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         check=False,
     )
 
 
-def train_well(config: Path, *options: str, **how: Any) -> str:
+def train_well(config: Path, *options: str, processes: int = 1) -> str:
     """The log of a run that must succeed."""
-    result = train(config, *options, **how)
+    result = train(config, *options, processes=processes)
     assert result.returncode == 0, result.stdout
     return result.stdout
 
 
 def train_and_kill(config: Path, mark: str) -> str:
     """Start the job and end it by SIGKILL as soon as its log shows `mark`; the log until then."""
-    lines = []
-    with subprocess.Popen(
-        command(config), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if mark in line:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, "".join(lines)
-    return "".join(lines)
+    return run_python_until(mark, "-m", "megalodon_plugin.cli.train", "--job.config_file", config)
 
 
 def read_records(run: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from megalodon_plugin.titan.metrics import JsonLinesMetrics, StepNumbers
 from megalodon_plugin.titan.trainer import MegalodonTrainer
 from megalodon_plugin.titan.validator import MegalodonValidator
 
-from support.tiny_job import read_records, train_well, write_job
+from support.tiny_job import read_records, torchrun, train_well, write_job
 
 IGNORED = -100
 NAN = float("nan")
@@ -258,7 +258,9 @@ def test_a_run_goes_on_in_other_layouts_with_the_same_records(tmp_path: Path) ->
 
     train_well(config, *ON_TWO_DATA_RANKS, "--training.steps", "3", processes=2)
     train_well(config, "--training.steps", "4")
-    log = train_well(config, *IN_FOUR_STAGES, processes=2)
+    started = torchrun(config, *IN_FOUR_STAGES, processes=2)
+    log = started.stdout
+    assert started.returncode == 0, log
 
     expected = {record["step"]: record for record in read_records(whole / "run")}
     records = read_records(run)

@@ -16,6 +16,7 @@ from support.tiny_job import (
     losses_and_norms,
     read_job,
     read_records,
+    torchrun,
     train,
     train_and_kill,
     train_well,
@@ -169,7 +170,7 @@ def test_a_checkpoint_of_another_configuration_ends_the_run(finished: Path, tmp_
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stock entry works on a machine with a GPU")
 def test_stock_entry_without_a_gpu_names_the_own_one(tmp_path: Path) -> None:
-    result = train(write_job(tmp_path), module="torchtitan.train")
+    result = torchrun(write_job(tmp_path), module="torchtitan.train")
     assert result.returncode != 0
     assert "python -m torch.distributed.run -m megalodon_plugin.cli.train" in result.stdout
 
