@@ -24,15 +24,9 @@ from megalodon_plugin.model.inference.prefill import Reading, read
 from megalodon_plugin.model.precision import lower_matrices
 
 from .environment import device_name, environment
+from .sizes import LLAMA_OF_PRESET, VOCABULARY, LlamaSize
 
 Row = dict[str, Any]
-# Sizes of Llama with as many parameters, where that is known.
-LLAMAS = {
-    "released_200M": {"dim": 1024, "n_layers": 12, "n_heads": 8},
-    "released_1.3B": {"dim": 2048, "n_layers": 24, "n_heads": 16},
-    "debug": {"dim": 128, "n_layers": 4, "n_heads": 2},
-}
-VOCABULARY = 32000
 
 
 @torch.no_grad()
@@ -47,8 +41,9 @@ def run_bench_generate(known: argparse.Namespace) -> None:
             raise ValueError(f"`--{name}` must be positive, but are {getattr(known, name)}")
     if known.flavor not in PRESETS:
         raise ValueError(f"`--flavor` must be one of {', '.join(PRESETS)}, but is {known.flavor!r}")
-    if known.against and known.flavor not in LLAMAS:
-        raise ValueError(f"`--against llama` needs a flavor of {', '.join(LLAMAS)}, but `--flavor` is {known.flavor}")
+    if known.against and known.flavor not in LLAMA_OF_PRESET:
+        presets = ", ".join(LLAMA_OF_PRESET)
+        raise ValueError(f"`--against llama` needs a flavor of {presets}, but `--flavor` is {known.flavor}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     results: dict[str, Any] = {
@@ -78,7 +73,7 @@ def run_bench_generate(known: argparse.Namespace) -> None:
                 _tell(rows[-1])
     del model, reading, first
     if known.against:
-        llama = _llama(LLAMAS[known.flavor], max(known.lengths), device)
+        llama = _llama(LLAMA_OF_PRESET[known.flavor], max(known.lengths), device)
         results["parameters"]["llama"] = _size(llama)
         for length in sorted(known.lengths):
             rows.append(_read_llama(llama, text[:length], device))
@@ -102,14 +97,15 @@ def _megalodon(flavor: str, device: torch.device) -> Megalodon:
     return model.eval()
 
 
-def _llama(sizes: dict[str, int], longest: int, device: torch.device) -> nn.Module:
+def _llama(size: LlamaSize, longest: int, device: torch.device) -> nn.Module:
     import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
 
     # isort: split
     from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 
+    args = TransformerModelArgs(vocab_size=VOCABULARY, max_seq_len=longest, **dataclasses.asdict(size))
     with device:
-        llama = Transformer(TransformerModelArgs(vocab_size=VOCABULARY, max_seq_len=longest, **sizes))
+        llama = Transformer(args)
         llama.init_weights()
     llama.output = None  # whole rows of logits would fill the memory before the attention does
     if device.type == "cuda":

@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 from megalodon_plugin.bench.ops import OPS
-from megalodon_plugin.bench.parallel.options import SIZES, add_parallel
+from megalodon_plugin.bench.parallel.options import add_parallel
+from megalodon_plugin.bench.sizes import SIZES
 
 
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megalodon_plugin.planning.traffic import Links
 
-SIZES = ("7B", "7B-width", "1.3B", "200M", "debug")
+from ..sizes import SIZES
 
 
 def add_parallel(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -28,8 +28,8 @@ from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.planning.traffic import Links
 
 from ..environment import environment
+from ..sizes import SIZES
 from ..train.job import Job, check_steps
-from ..train.run import SIZES
 from .launch import ALLOCATOR, run_orders
 from .rank import Order, run_order
 from .report import check_line, draw, table
@@ -212,7 +212,7 @@ class ParallelBench:
     def _job(self, case: Case) -> Job:
         return Job(
             case.model,
-            tuple(SIZES[case.size][0 if case.model == "megalodon" else 1].items()),
+            tuple(SIZES[case.size].options(case.model).items()),
             case.local_rows,
             case.length,
             self.known.checkpointing,
@@ -245,10 +245,10 @@ class ParallelBench:
 
 def _reason_of_model(case: Case) -> str | None:
     """Why the model's sizes do not allow the layout; None if they do."""
-    layout, (own, llama) = case.layout, SIZES[case.size]
-    options = dict(own)
+    layout, size = case.layout, SIZES[case.size]
+    options = size.options("megalodon")
     cfg = replace(PRESETS[options.pop("flavor")], **options)
-    n_layers = cfg.n_layers if case.model == "megalodon" else llama["n_layers"]
+    n_layers = cfg.n_layers if case.model == "megalodon" else size.llama.n_layers
     if layout.pp > n_layers:
         return f"{n_layers} layers are fewer than the {layout.pp} stages of {name_of(layout)}"
     if case.model == "llama":

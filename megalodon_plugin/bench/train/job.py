@@ -36,8 +36,8 @@ from megalodon_plugin.titan.entry import read_job
 from megalodon_plugin.titan.trainer import MegalodonTrainer
 
 from ..parallel.scenarios import ONE, degrees_of
+from ..sizes import VOCABULARY
 
-VOCABULARY = 32000
 UNCOUNTED = 3
 """Steps: one compiles, one is the first without that, one tells how long a step takes."""
 LEAST_STEPS = 3

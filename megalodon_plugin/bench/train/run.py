@@ -14,18 +14,10 @@ import torch
 from megalodon_plugin.files import write_json
 
 from ..environment import device_name, environment
+from ..sizes import SIZES
 from .job import Job, check_steps, free_port, run_job
 from .profile import print_shares, shares
 from .report import draw, table
-
-# (options of [megalodon], sizes of the host's Llama with as many parameters)
-SIZES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "7B": ({"flavor": "paper_7B"}, {"dim": 4096, "n_layers": 32, "n_heads": 32}),
-    "7B-width": ({"flavor": "paper_7B", "n_layers": 4}, {"dim": 4096, "n_layers": 4, "n_heads": 32}),
-    "1.3B": ({"flavor": "released_1.3B"}, {"dim": 2048, "n_layers": 24, "n_heads": 16}),
-    "200M": ({"flavor": "released_200M"}, {"dim": 1024, "n_layers": 12, "n_heads": 8}),
-    "debug": ({"flavor": "debug"}, {"dim": 128, "n_layers": 4, "n_heads": 2}),
-}
 
 
 def run_bench_train(known: argparse.Namespace) -> None:
@@ -63,7 +55,7 @@ def run_bench_train(known: argparse.Namespace) -> None:
 def _measure(
     known: argparse.Namespace, size: str, model: str, length: int, rows: list[dict[str, Any]], on_gpu: bool
 ) -> dict[str, Any]:
-    options = SIZES[size][0] if model == "megalodon" else SIZES[size][1]
+    options = SIZES[size].options(model)
     batch = max(1, known.tokens // length)
     about = {"size": size, "model": model, "batch": batch, "length": length}
     before = [row for row in rows if (row["size"], row["model"]) == (size, model)]
