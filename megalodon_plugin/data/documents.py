@@ -1,25 +1,19 @@
 """Rows that follow documents: each lane reads one document front to back, row by row, before it takes another.
 
-The order that training with a carried state needs (`carried`). There are as many lanes as rows in a step of the whole
-job, so row n of the run, of lane n % K, continues row n - K. A row holds tokens of one document only, the j-th of them
-tokens [j * seq_len, (j + 1) * seq_len + 1). The last one holds fewer, and its other places are filled with labels that
-do not count.
+The order that training with a carried state needs. There are as many lanes as rows in a step of the whole job, so row
+n of the job, of lane n % K, continues row n - K. A row holds tokens of one document only, the j-th of them tokens
+[j * seq_len, (j + 1) * seq_len + 1). The last one holds fewer.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 
+from .corpus import Corpus, Passage
 from .files import Unit, split_units
-from .rows import Corpus, Cursor, RowStream, Run
-
-
-class DocumentRow(NamedTuple):
-    """tokens (n + 1,) int32, 1 <= n <= seq_len: n inputs, and their labels one ahead; the first of its document?"""
-
-    tokens: np.ndarray
-    begins: bool
+from .reader import TextReader
+from .rows import Cursor, Row, RowStream, Run
+from .tokenizer import Tokenizer
 
 
 class DocumentCorpus(Corpus):
@@ -33,8 +27,17 @@ class DocumentCorpus(Corpus):
 
     kind = "documents"
 
-    def __init__(self, units: Sequence[Unit], *how: Any, n_lanes: int) -> None:
-        super().__init__(units, *how)
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        reader: TextReader,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        seed: int,
+        path: str,
+        n_lanes: int,
+    ) -> None:
+        super().__init__(units, reader, tokenizer, seq_len, seed, path)
         self.n_lanes = n_lanes
         self._files = files_of(units)
         if len(self._files) < n_lanes:
@@ -51,16 +54,16 @@ class DocumentCorpus(Corpus):
     def row_stream(self, lane: int, cursor: Cursor) -> "DocumentRows":
         return DocumentRows(self.lane_runs(lane, cursor), self.seq_len, cursor)
 
-    def texts(self, unit: Unit, shuffle_seed: str | None) -> Iterator[tuple[str, bool, bool]]:
+    def passages(self, unit: Unit, shuffle_seed: str | None) -> Iterator[Passage]:
         if unit.file.json_lines:
-            yield from super().texts(unit, shuffle_seed)
+            yield from super().passages(unit, shuffle_seed)
             return
         begins = unit.start == 0
         texts = self.reader.documents(unit)
         text = next(texts, None)
         while text is not None:
             following = next(texts, None)
-            yield text, begins, following is None and unit.end == unit.file.size
+            yield Passage(text, begins, ends=following is None and unit.end == unit.file.size)
             text, begins = following, False
 
     def _draw_order(self, epoch: int) -> np.ndarray:
@@ -76,15 +79,14 @@ class DocumentRows(RowStream):
         super().__init__(runs, seq_len, cursor)
         self._ahead: Run | None = None  # has been read, and is perhaps of the next document
 
-    def next_row(self) -> DocumentRow:  # type: ignore[override]
-        """The document's next row, or the first one of the next document."""
+    def next_row(self) -> Row:
+        """The document's next row, of 1 to seq_len inputs, or the first one of the next document."""
         self._fill()
         while self._n_tokens < 2:  # nothing is left to predict
             self._runs.clear()
             self._n_tokens = 0
             self._fill()
-        begins = self._runs[0].begins
-        return DocumentRow(self._take(min(self._seq_len, self._n_tokens - 1)), begins)
+        return self._take(min(self._seq_len, self._n_tokens - 1))
 
     def _fill(self) -> None:
         """Hold a row and its last label, or what the document has left."""

@@ -16,7 +16,8 @@ from torchtitan.config import JobConfig
 from torchtitan.hf_datasets import text_datasets
 from torchtitan.tools.logging import logger
 
-from megalodon_plugin.data.documents import DocumentCorpus, DocumentRow, split_files
+from megalodon_plugin.data.corpus import Corpus, rows_in_order
+from megalodon_plugin.data.documents import DocumentCorpus, split_files
 from megalodon_plugin.data.files import (
     PYTHON_STDLIB,
     TextFile,
@@ -27,8 +28,9 @@ from megalodon_plugin.data.files import (
     range_bytes_of,
 )
 from megalodon_plugin.data.files import split_units as split
+from megalodon_plugin.data.rank_rows import RankRows, lanes_of_rank
 from megalodon_plugin.data.reader import TextReader
-from megalodon_plugin.data.rows import Corpus, Cursor, RankRows, lanes_of_rank, rows_in_order
+from megalodon_plugin.data.rows import Cursor, Row
 from megalodon_plugin.model.config import check_types
 
 from .job_config import Data
@@ -86,7 +88,7 @@ def side_as_bytes(job_config: JobConfig, section: str) -> bytes:
 class TextLoader(BaseDataLoader):
     """Endless shuffled batches of one rank of `n_ranks`, with a state that any number of ranks can load.
 
-    Batch i holds the rows n = i * n_ranks * batch_size + j * n_ranks + rank, j = 0 … batch_size - 1, of the run, as
+    Batch i holds the rows n = i * n_ranks * batch_size + j * n_ranks + rank, j = 0 … batch_size - 1, of the job, as
     ({"input": (batch_size, seq_len)}, labels (batch_size, seq_len)), int64, labels one token ahead. So the ranks' i-th
     batches together are a contiguous range of rows, the same however many ranks share it.
 
@@ -123,7 +125,7 @@ class TextLoader(BaseDataLoader):
         batch = self._batch_of(rows.advance(self._n_ranks * self._batch_size))
         return batch, rows.position, rows.cursors()
 
-    def _batch_of(self, rows: list[Any]) -> Batch:
+    def _batch_of(self, rows: list[Row]) -> Batch:
         return _batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,12 +170,12 @@ class DocumentLoader(TextLoader):
     def lanes(self) -> list[int]:
         return sorted(self._cursors)
 
-    def _batch_of(self, rows: list[DocumentRow]) -> Batch:
+    def _batch_of(self, rows: list[Row]) -> Batch:
         inputs = torch.zeros(len(rows), self._corpus.seq_len, dtype=torch.int64)
         labels = torch.full_like(inputs, IGNORE_INDEX)
-        for i, (tokens, _) in enumerate(rows):
-            filled = torch.from_numpy(tokens)  # (n + 1,)
-            inputs[i, : len(tokens) - 1], labels[i, : len(tokens) - 1] = filled[:-1], filled[1:]
+        for i, row in enumerate(rows):
+            tokens, n = torch.from_numpy(row.tokens), len(row.tokens) - 1  # (n + 1,)
+            inputs[i, :n], labels[i, :n] = tokens[:-1], tokens[1:]
         return {"input": inputs, "begins": torch.tensor([row.begins for row in rows])}, labels
 
 
@@ -203,7 +205,7 @@ class OrderedTextLoader(BaseDataLoader):
     def _batches(self) -> Iterator[Batch]:
         n_rows = self._n_ranks * self._batch_size
         while True:
-            own: list[np.ndarray] = []
+            own: list[Row] = []
             count = 0
             for count, row in enumerate(rows_in_order(self._corpus), start=1):
                 if (count - 1) % self._n_ranks == self._rank:
@@ -252,8 +254,8 @@ class _Ahead:
         self._future.cancel()
 
 
-def _batch(rows: list[np.ndarray]) -> Batch:
-    tokens = torch.from_numpy(np.stack(rows)).to(torch.int64)  # (batch_size, seq_len + 1)
+def _batch(rows: list[Row]) -> Batch:
+    tokens = torch.from_numpy(np.stack([row.tokens for row in rows])).to(torch.int64)  # (batch_size, seq_len + 1)
     return {"input": tokens[:, :-1].contiguous()}, tokens[:, 1:].contiguous()
 
 

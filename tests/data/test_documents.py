@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megalodon_plugin.data.documents import DocumentCorpus, DocumentRow, files_of, split_files
+from megalodon_plugin.data.corpus import Corpus
+from megalodon_plugin.data.documents import DocumentCorpus, files_of, split_files
 from megalodon_plugin.data.files import cut_into_units, find_text_files
 from megalodon_plugin.data.reader import TextReader
-from megalodon_plugin.data.rows import Corpus, Cursor
+from megalodon_plugin.data.rows import Cursor, Row
 from megalodon_plugin.titan.dataloader import DocumentLoader, build_text_dataloader, build_text_validation_dataloader
 from megalodon_plugin.titan.job_config import Data
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
@@ -51,7 +52,7 @@ def corpus_of(folder: Path, n_lanes: int = 3, seq_len: int = SEQ_LEN, tokenizer:
     return DocumentCorpus(units, reader, tokenizer or ByteTokenizer(), seq_len, 0, str(folder), n_lanes=n_lanes)
 
 
-def rows_of_an_epoch(corpus: DocumentCorpus, lane: int) -> list[DocumentRow]:
+def rows_of_an_epoch(corpus: DocumentCorpus, lane: int) -> list[Row]:
     stream, rows = corpus.row_stream(lane, Cursor(0, 0, 0)), []
     while True:
         row = stream.next_row()
@@ -60,15 +61,16 @@ def rows_of_an_epoch(corpus: DocumentCorpus, lane: int) -> list[DocumentRow]:
         rows.append(row)
 
 
-def joined(rows: list[DocumentRow]) -> list[list[int]]:
+def joined(rows: list[Row]) -> list[list[int]]:
     """Tokens of each document, from rows of which each one's last token is the next one's first."""
     documents: list[list[int]] = []
-    for tokens, begins in rows:
-        if begins:
-            documents.append(tokens.tolist())
+    for row in rows:
+        tokens = row.tokens.tolist()
+        if row.begins:
+            documents.append(tokens)
         else:
             assert documents[-1][-1] == tokens[0]
-            documents[-1] += tokens[1:].tolist()
+            documents[-1] += tokens[1:]
     return documents
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalodon_plugin.data.corpus import Corpus, lane_count, rows_in_order
 from megalodon_plugin.data.files import TextFile, Unit, cut_into_units, find_text_files
+from megalodon_plugin.data.rank_rows import RankRows, lanes_of_rank
 from megalodon_plugin.data.reader import TextReader
-from megalodon_plugin.data.rows import Corpus, Cursor, RankRows, lane_count, lanes_of_rank, rows_in_order
+from megalodon_plugin.data.rows import Cursor, Row
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
 
 SEQ_LEN = 16
@@ -42,8 +44,12 @@ def start(corpus: Corpus, rank: int, n_ranks: int) -> RankRows:
     return RankRows(corpus, rank, n_ranks, 0, dict.fromkeys(lanes, START))
 
 
-def interleave(rows_of_ranks: list[list[np.ndarray]]) -> np.ndarray:
-    return np.stack([row for together in zip(*rows_of_ranks, strict=True) for row in together])
+def stacked(rows: list[Row]) -> np.ndarray:
+    return np.stack([row.tokens for row in rows])
+
+
+def interleave(rows_of_ranks: list[list[Row]]) -> np.ndarray:
+    return stacked([row for together in zip(*rows_of_ranks, strict=True) for row in together])
 
 
 @pytest.fixture
@@ -56,14 +62,14 @@ def corpus(tmp_path: Path) -> Corpus:
 
 @pytest.mark.parametrize("n_ranks", [2, 3, 4, 8, 12])
 def test_rows_are_the_same_for_any_number_of_ranks(corpus: Corpus, n_ranks: int) -> None:
-    alone = np.stack(start(corpus, 0, 1).advance(480))  # some three epochs
+    alone = stacked(start(corpus, 0, 1).advance(480))  # some three epochs
     ranks = [start(corpus, rank, n_ranks) for rank in range(n_ranks)]
     assert np.array_equal(interleave([rank.advance(480) for rank in ranks]), alone)
 
 
 def test_rows_differ_by_seed_and_epoch(corpus: Corpus, tmp_path: Path) -> None:
-    rows = np.stack(start(corpus, 0, 1).advance(40))
-    assert not np.array_equal(rows, np.stack(start(corpus_of(tmp_path, seed=1), 0, 1).advance(40)))
+    rows = stacked(start(corpus, 0, 1).advance(40))
+    assert not np.array_equal(rows, stacked(start(corpus_of(tmp_path, seed=1), 0, 1).advance(40)))
     assert not np.array_equal(corpus._order(0), corpus._order(1))
 
 
@@ -91,16 +97,17 @@ def test_inputs_of_a_lane_are_its_stream_and_labels_are_one_ahead(corpus: Corpus
             break
     n_rows = (len(stream) - 1) // SEQ_LEN
     rows = start(corpus, 1, corpus.n_lanes).advance(n_rows * corpus.n_lanes)
-    assert np.concatenate([row[:-1] for row in rows]).tolist() == stream[: n_rows * SEQ_LEN]
-    assert np.concatenate([row[1:] for row in rows]).tolist() == stream[1 : n_rows * SEQ_LEN + 1]
-    assert rows[0].dtype == np.int32
+    assert np.concatenate([row.tokens[:-1] for row in rows]).tolist() == stream[: n_rows * SEQ_LEN]
+    assert np.concatenate([row.tokens[1:] for row in rows]).tolist() == stream[1 : n_rows * SEQ_LEN + 1]
+    assert rows[0].tokens.dtype == np.int32
+    assert [row.begins for row in rows] == [row.tokens[0] == corpus.tokenizer.bos_id for row in rows]
 
 
 @pytest.mark.parametrize("saved_by", [1, 2, 3])
 @pytest.mark.parametrize("n_rows", [0, 6, 66, 300])
 @pytest.mark.parametrize("loaded_by", [1, 3, 4, 5])
 def test_cursors_go_on_at_any_number_of_ranks(corpus: Corpus, saved_by: int, n_rows: int, loaded_by: int) -> None:
-    unbroken = np.stack(start(corpus, 0, 1).advance(n_rows + 60)[n_rows:])
+    unbroken = stacked(start(corpus, 0, 1).advance(n_rows + 60)[n_rows:])
     saved: dict[int, Cursor] = {}
     for rank in range(saved_by):
         rows = start(corpus, rank, saved_by)
@@ -113,7 +120,7 @@ def test_cursors_go_on_at_any_number_of_ranks(corpus: Corpus, saved_by: int, n_r
         cursors = {lane: saved[lane] for lane in lanes_of_rank(corpus.n_lanes, rank, loaded_by)}
         resumed.append(iter(RankRows(corpus, rank, loaded_by, n_rows, cursors).advance(60)))
     rows_in_turn = [next(resumed[n % loaded_by]) for n in range(n_rows, n_rows + 60)]
-    assert np.array_equal(np.stack(rows_in_turn), unbroken)
+    assert np.array_equal(stacked(rows_in_turn), unbroken)
 
 
 def test_a_rank_opens_its_own_share_and_a_resumed_one_a_unit_for_each_lane(tmp_path: Path) -> None:
@@ -141,8 +148,8 @@ def test_rows_of_any_length(tmp_path: Path, seq_len: int) -> None:
     write_corpus(tmp_path, n_files=5)
     corpus = corpus_of(tmp_path, seq_len=seq_len)
     first, second = start(corpus, 0, 1).advance(corpus.n_lanes + 1)[:: corpus.n_lanes]
-    assert first.shape == second.shape == (seq_len + 1,)
-    assert first[-1] == second[0]
+    assert first.tokens.shape == second.tokens.shape == (seq_len + 1,)
+    assert first.tokens[-1] == second.tokens[0]
 
 
 def test_text_without_tokens_is_an_error_not_an_endless_loop(tmp_path: Path) -> None:
@@ -165,7 +172,7 @@ def test_ordered_rows_are_the_units_in_turn(corpus: Corpus) -> None:
             stream += corpus.tokenizer.encode(document, add_bos=True, add_eos=True)
     rows = list(rows_in_order(corpus))
     assert len(rows) == (len(stream) - 1) // SEQ_LEN
-    assert np.concatenate([row[:-1] for row in rows]).tolist() == stream[: len(rows) * SEQ_LEN]
+    assert np.concatenate([row.tokens[:-1] for row in rows]).tolist() == stream[: len(rows) * SEQ_LEN]
 
 
 @pytest.mark.parametrize(
