@@ -23,7 +23,8 @@ from .checkpoint_checks import (
     remove_incomplete,
     saved_tensors,
 )
-from .dataloader import Batch, DocumentLoader, carries_state
+from .data_source import carries_state
+from .dataloader import Batch, DocumentLoader
 from .loss import ScaledLoss
 from .loss_totals import LossTotals
 from .metrics import JsonLinesMetrics, StepNumbers

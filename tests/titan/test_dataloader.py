@@ -18,12 +18,12 @@ import torch.distributed.checkpoint as dcp
 from megalodon_plugin.data.files import Unit
 from megalodon_plugin.data.reader import TextReader
 from megalodon_plugin.titan import dataloader
+from megalodon_plugin.titan.data_source import side_as_bytes
 from megalodon_plugin.titan.dataloader import (
     OrderedTextLoader,
     TextLoader,
     build_text_dataloader,
     build_text_validation_dataloader,
-    side_as_bytes,
 )
 from megalodon_plugin.titan.job_config import Data
 from megalodon_plugin.titan.tokenizer import ByteTokenizer

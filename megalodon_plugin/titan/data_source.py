@@ -1,0 +1,161 @@
+"""Which text a job trains and validates on (`local_text`, `python_stdlib`), and what of it is held out."""
+
+import os
+from collections.abc import Callable
+
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.hf_datasets import text_datasets
+from torchtitan.tools.logging import logger
+
+from megalodon_plugin.data.corpus import Corpus
+from megalodon_plugin.data.documents import DocumentCorpus, split_files
+from megalodon_plugin.data.files import (
+    PYTHON_STDLIB,
+    TextFile,
+    Unit,
+    cut_into_units,
+    find_python_stdlib,
+    find_text_files,
+    range_bytes_of,
+    split_units,
+)
+from megalodon_plugin.data.reader import TextReader
+from megalodon_plugin.model.config import check_types
+
+from .job_config import Data
+from .tokenizer import load_tokenizer
+
+LOCAL_TEXT = "local_text"
+OWN_DATASETS = (LOCAL_TEXT, PYTHON_STDLIB)
+
+Divide = Callable[[list[Unit], float, int], tuple[list[Unit], list[Unit]]]
+
+
+def is_own(section: str, dataset: str) -> bool:
+    """Whether the data set is the plugin's; ValueError when it is neither that nor the host's."""
+    name = dataset.lower()
+    names = (*OWN_DATASETS, *text_datasets.DATASETS)
+    if name not in names:
+        raise ValueError(f'`{section}.dataset` must be one of {", ".join(names)}, but is "{dataset}"')
+    return name in OWN_DATASETS
+
+
+def carries_state(job_config: JobConfig) -> bool:
+    """Whether the job's rows follow documents. Any other value than true counts as false here and is refused later."""
+    return getattr(getattr(job_config, "megalodon", None), "carry_state", False) is True
+
+
+def rows_of_step(job_config: JobConfig, dp_world_size: int) -> int:
+    """Rows of one step of the whole job."""
+    training = job_config.training
+    asked: int = training.global_batch_size
+    return asked if asked > 0 else training.local_batch_size * dp_world_size
+
+
+def corpus_of(
+    job_config: JobConfig, section: str, tokenizer: BaseTokenizer, n_document_lanes: int | None = None
+) -> Corpus:
+    """The corpus of `section` ("training" | "validation"), without what is held out for the other one.
+
+    With `n_document_lanes` its rows follow documents.
+    """
+    data = getattr(job_config, "data", None) or Data()
+    try:
+        check_types(data, Data)
+    except ValueError as error:
+        raise ValueError(f"[data] {error}") from error
+    if not 0 <= data.validation_fraction < 1:
+        raise ValueError(f"`data.validation_fraction` must be in [0, 1), but is {data.validation_fraction}")
+    options = getattr(job_config, section)
+    files, shared = _files_of_side(job_config, section)
+    # Both sides of a split must cut the files alike, whatever the length of their rows.
+    seq_len = job_config.training.seq_len if shared else options.seq_len
+    check_batch(options.local_batch_size, min(seq_len, options.seq_len))
+    range_bytes = range_bytes_of(files, seq_len)
+    units = cut_into_units(files, range_bytes)
+    if shared:
+        divide = split_files if carries_state(job_config) else split_units
+        units = _side(units, section, data.validation_fraction, data.seed, divide)
+    path = options.dataset_path or options.dataset
+    size = sum(unit.n_bytes for unit in units) / 2**20
+    logger.info(f'{section} text: "{path}", {len(files)} files; {size:.1f} MiB in {len(units)} units')
+    reader = TextReader(range_bytes, data.text_field, data.broken_lines)
+    how = (reader, tokenizer, options.seq_len, data.seed, path)
+    return Corpus(units, *how) if n_document_lanes is None else DocumentCorpus(units, *how, n_lanes=n_document_lanes)
+
+
+def side_as_bytes(job_config: JobConfig, section: str) -> bytes:
+    """All documents of one side ("training" | "validation") of a small data set of the plugin's, end to end, in UTF-8.
+
+    It is in memory as a whole: for looking at a text, not for training on it.
+    """
+    corpus = corpus_of(job_config, section, load_tokenizer("byte"))
+    documents = (text for unit in corpus.units for text in corpus.reader.documents(unit))
+    return "".join(documents).encode()
+
+
+def check_batch(batch_size: int, seq_len: int) -> None:
+    for name, value in (("local_batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {value}")
+
+
+def _files(section: str, job_config: JobConfig) -> list[TextFile]:
+    options = getattr(job_config, section)
+    if options.dataset.lower() == PYTHON_STDLIB:
+        return find_python_stdlib()
+    key = f"{section}.dataset_path"
+    if not options.dataset_path:
+        raise ValueError(
+            f'`{key}` must name files, folders or globs for "{LOCAL_TEXT}", but is {options.dataset_path!r}'
+        )
+    return find_text_files(options.dataset_path, key)
+
+
+def _files_of_side(job_config: JobConfig, section: str) -> tuple[list[TextFile], bool]:
+    """The files of `section`, and whether training and validation are the same files, however they are spelled.
+
+    Where they are, both sides get the training's list: a split must name the files alike.
+
+    Raises:
+        ValueError: they have some files in common and others not, so that held-out text would be trained on.
+    """
+    names = {job_config.training.dataset.lower(), job_config.validation.dataset.lower()}
+    if not names <= set(OWN_DATASETS):
+        return _files(section, job_config), False
+    if names == {PYTHON_STDLIB}:
+        return find_python_stdlib(), True
+    files = {"training": _files("training", job_config)}
+    try:
+        files["validation"] = _files("validation", job_config)
+    except ValueError:
+        if job_config.validation.enable:
+            raise
+        return files["training"], False
+    training, validation = ({os.path.realpath(file.path) for file in side} for side in files.values())
+    if training == validation:
+        return files["training"], True
+    if training & validation:
+        raise ValueError(
+            "`validation.dataset_path` must name the training files (of which a share is held out) or others, "
+            f"but of its {len(validation)} files {len(training & validation)} are training files, and "
+            f"{len(training - validation)} training files are not among them"
+        )
+    return files[section], False
+
+
+def _side(units: list[Unit], section: str, fraction: float, seed: int, divide: Divide) -> list[Unit]:
+    """The units of one side where both sides name the same data."""
+    training, validation = divide(units, fraction, seed)
+    if section == "validation" and fraction == 0:
+        raise ValueError(
+            "`data.validation_fraction` must be above 0 when `validation.dataset_path` names the training data, but "
+            "is 0: set it, for example to 0.05, or name other data in `validation.dataset_path`"
+        )
+    if fraction > 0 and not validation:
+        raise ValueError(
+            f"`data.validation_fraction` must leave text on both sides, but the data are {len(units)} unit, too small "
+            "to be split: give more text, lower `training.seq_len`, or name other data in `validation.dataset_path`"
+        )
+    return training if section == "training" else validation
