@@ -7,12 +7,8 @@ import sys
 import pytest
 import torch
 
-from megalodon_plugin.bench import timing as bench_timing
-from megalodon_plugin.bench.ops import accuracy as bench_accuracy
-from megalodon_plugin.bench.ops import implementations as bench_impls
-from megalodon_plugin.bench.ops import layer as bench_layer
-from megalodon_plugin.bench.ops import report as bench_report
-from megalodon_plugin.bench.ops import run as bench_ops
+from megalodon_plugin.bench import timing
+from megalodon_plugin.bench.ops import accuracy, implementations, layer, report, run
 from megalodon_plugin.bench.ops.problems import cema_parameters, cema_problem, solve, timestep_norm_problem
 from megalodon_plugin.cli import bench
 from megalodon_plugin.cli.main import main
@@ -30,7 +26,7 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 def made_up_row(op: str, impl: str, shape: tuple[int, int, int], times: float = 2.0, dtype: str = "bfloat16") -> dict:
-    floor = bench_report.floor_ms(2, shape, 2, 3.0)
+    floor = report.floor_ms(2, shape, 2, 3.0)
     return {
         "op": op,
         "impl": impl,
@@ -86,36 +82,36 @@ def test_plot_needs_the_numbers(tmp_path) -> None:
 
 def test_floor_is_the_time_to_move_the_activations() -> None:
     shape = (8, 4096, 4096)
-    assert bench_report.floor_ms(2, shape, 2, 3.0) == pytest.approx(0.179, abs=5e-4)
-    assert bench_report.floor_ms(5, shape, 2, 3.0) == pytest.approx(0.447, abs=5e-4)
-    assert bench_report.floor_ms(2, shape, 4, 3.0) == 2 * bench_report.floor_ms(2, shape, 2, 3.0)
+    assert report.floor_ms(2, shape, 2, 3.0) == pytest.approx(0.179, abs=5e-4)
+    assert report.floor_ms(5, shape, 2, 3.0) == pytest.approx(0.447, abs=5e-4)
+    assert report.floor_ms(2, shape, 4, 3.0) == 2 * report.floor_ms(2, shape, 2, 3.0)
 
 
 def test_the_sweep_keeps_its_tokens_up_to_the_longest_rows() -> None:
-    shapes = bench_report.sweep_shapes()
+    shapes = report.sweep_shapes()
     assert shapes[0] == (128, 256, 4096) and shapes[-1] == (1, 1048576, 4096)
     assert [batch * length for batch, length, _ in shapes] == [32768] * 4 + [65536, 262144, 1048576]
 
 
 def test_flatness_compares_time_per_element_of_the_sweep() -> None:
-    rows = [made_up_row("cema", "cuda", shape) for shape in bench_report.sweep_shapes()]
-    assert bench_report.flatness(rows, "cema") == pytest.approx(0)
+    rows = [made_up_row("cema", "cuda", shape) for shape in report.sweep_shapes()]
+    assert report.flatness(rows, "cema") == pytest.approx(0)
     rows[3]["fwd_ms"] *= 1.2
     others = [made_up_row("cema", "torch", (8, 4096, 4096), 99), made_up_row("cema", "cuda", (8, 4096, 1024), 99)]
-    assert bench_report.flatness(rows + others, "cema") == pytest.approx(0.2)
-    assert bench_report.flatness(rows, "timestep_norm") is None
+    assert report.flatness(rows + others, "cema") == pytest.approx(0.2)
+    assert report.flatness(rows, "timestep_norm") is None
 
 
 def test_groups_follow_the_presets() -> None:
     for preset in (PRESETS["released_200M"], PRESETS["released_7.1B"]):
-        assert bench_impls.norm_groups(preset.dim) == preset.norm_groups
+        assert implementations.norm_groups(preset.dim) == preset.norm_groups
 
 
 def test_flops_of_a_layer() -> None:
-    cfg = bench_layer.layer_config(64)
+    cfg = layer.layer_config(64)
     d, z, v, f = cfg.dim, cfg.z_dim, cfg.value_dim, cfg.ffn_dim
     weights = d * z + 2 * d * v + d * d + v * d + 2 * d * f
-    assert bench_layer.layer_flops(cfg, 1000) == 2 * weights + (cfg.chunk_size + 1) * (z + v)
+    assert layer.layer_flops(cfg, 1000) == 2 * weights + (cfg.chunk_size + 1) * (z + v)
 
 
 # Accuracy
@@ -123,21 +119,21 @@ def test_flops_of_a_layer() -> None:
 
 def test_rounding_the_truth_is_one_unit() -> None:
     truth = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    error, largest = bench_accuracy.rounding_errors(truth, BF16)
-    assert bench_accuracy.relative_errors(truth.bfloat16(), truth) == (error, largest)
+    error, largest = accuracy.rounding_errors(truth, BF16)
+    assert accuracy.relative_errors(truth.bfloat16(), truth) == (error, largest)
     assert 1e-3 < error < 2.3e-3  # 2^-8 / sqrt(12) of a number between 1 and 2, and a little less on average
-    assert bench_accuracy.relative_errors(truth * 1.5, truth)[0] == pytest.approx(0.5)
+    assert accuracy.relative_errors(truth * 1.5, truth)[0] == pytest.approx(0.5)
 
 
 def test_an_error_against_zero_is_absolute() -> None:
-    assert bench_accuracy.relative_errors(torch.full((4,), 3.0), torch.zeros(4)) == (6.0, 3.0)
+    assert accuracy.relative_errors(torch.full((4,), 3.0), torch.zeros(4)) == (6.0, 3.0)
 
 
 @pytest.mark.parametrize("op", bench.OPS)
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 def test_the_torch_path_passes_its_own_check(op: str, dtype: torch.dtype) -> None:
-    for case in bench_accuracy.standard_cases(op, dtype, CPU, large=False):
-        rows = bench_accuracy.judge(case, mode="off")
+    for case in accuracy.standard_cases(op, dtype, CPU, large=False):
+        rows = accuracy.judge(case, mode="off")
         assert {row["quantity"] for row in rows} >= {"y", "dx"}
         assert all(row["ok"] for row in rows), case.name
         if dtype == torch.float32:
@@ -148,7 +144,7 @@ def test_the_torch_path_passes_its_own_check(op: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("value", [1 + 2.0**-7, float("nan")])
 def test_a_wrong_result_is_not_ok(value: float) -> None:
-    case = bench_accuracy.Case("cema", "wrong", [lambda: cema_problem((1, 9, 4), 2, BF16, CPU)])
+    case = accuracy.Case("cema", "wrong", [lambda: cema_problem((1, 9, 4), 2, BF16, CPU)])
 
     def wrong(x, *parameters, **others):
         from megalodon_plugin.bench.ops.problems import call_cema
@@ -156,7 +152,7 @@ def test_a_wrong_result_is_not_ok(value: float) -> None:
         found = call_cema(x, *parameters, **others)
         return found | {"h": found["h"] * value}
 
-    ok = {row["quantity"]: row["ok"] for row in bench_accuracy.judge(case, mode="off", call=wrong)}
+    ok = {row["quantity"]: row["ok"] for row in accuracy.judge(case, mode="off", call=wrong)}
     assert ok["y"] and not ok["h"]
 
 
@@ -183,9 +179,9 @@ def test_problems_are_seeded_and_pad_with_nan() -> None:
 @pytest.mark.parametrize("at_once", [2**28, 3 * 16 * 33])
 def test_the_fft_path_computes_cema(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the powers of q are made a few orders at a time."""
-    monkeypatch.setattr(bench_impls, "MOST_POWERS", at_once)
+    monkeypatch.setattr(implementations, "MOST_POWERS", at_once)
     problem = cema_problem((2, 33, 16), 8, torch.float32, CPU, state=False)
-    found = solve(problem, torch.float64, lambda *, cema_input, **a: {"y": bench_impls.cema_fft(*a.values())})
+    found = solve(problem, torch.float64, lambda *, cema_input, **a: {"y": implementations.cema_fft(*a.values())})
     for name, want in solve(problem, torch.float64).items():
         if name != "h":
             torch.testing.assert_close(found[name], want, rtol=1e-9, atol=1e-9)
@@ -195,7 +191,7 @@ def test_the_plain_norm_computes_timestep_norm() -> None:
     problem = timestep_norm_problem((2, 33, 16), 4, torch.float32, CPU, state=False)
 
     def plain(*, groups, **arguments):
-        return {"y": bench_impls.timestep_norm_plain(*arguments.values(), groups)}
+        return {"y": implementations.timestep_norm_plain(*arguments.values(), groups)}
 
     found = solve(problem, torch.float64, plain)
     for name, want in solve(problem, torch.float64).items():
@@ -205,7 +201,7 @@ def test_the_plain_norm_computes_timestep_norm() -> None:
 
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="`impl` must be an implementation of timestep_norm, but is 'fft'"):
-        bench_impls.implementation("timestep_norm", "fft", 64)
+        implementations.implementation("timestep_norm", "fft", 64)
 
 
 # Files
@@ -215,10 +211,10 @@ def test_report_is_written_whole_and_drawn(tmp_path, capsys: pytest.CaptureFixtu
     rows = [
         made_up_row(op, impl, shape, times)
         for op in bench.OPS
-        for shape in bench_ops.MAIN_SHAPES
+        for shape in run.MAIN_SHAPES
         for impl, times in (("cuda", 2.0), ("compiled", 9.0), ("torch", 30.0))
     ]
-    rows += [made_up_row(op, "cuda", shape) for op in bench.OPS for shape in bench_report.sweep_shapes()]
+    rows += [made_up_row(op, "cuda", shape) for op in bench.OPS for shape in report.sweep_shapes()]
     rows.append(made_up_row("layer", "cuda", (8, 4096, 4096)))
     write_json(made_up_report(rows), tmp_path / "ops.json")
     main(["bench", "plot", str(tmp_path)])
@@ -226,11 +222,11 @@ def test_report_is_written_whole_and_drawn(tmp_path, capsys: pytest.CaptureFixtu
     assert json.loads((tmp_path / "ops.json").read_text())["rows"] == rows
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ops.json", "ops.png"]
     with pytest.raises(ValueError, match="none to draw"):
-        bench_report.draw(made_up_report(rows[-1:]), tmp_path / "none.png")
+        report.draw(made_up_report(rows[-1:]), tmp_path / "none.png")
 
 
 def test_tables_show_multiples_and_dashes() -> None:
-    text = bench_report.speed_table([made_up_row("cema", "cuda", (8, 4096, 1024), 2.5)])
+    text = report.speed_table([made_up_row("cema", "cuda", (8, 4096, 1024), 2.5)])
     lines = text.splitlines()
     assert lines[0].split()[:5] == ["op", "impl", "B", "L", "D"]
     assert lines[2].split().count("2.50") == 2
@@ -241,23 +237,23 @@ def test_tables_show_multiples_and_dashes() -> None:
 
 
 def small_run(tmp_path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict:
-    monkeypatch.setattr(bench_ops, "MAIN_SHAPES", ((2, 16, 8), (1, 32, 16)))
-    monkeypatch.setattr(bench_ops, "sweep_shapes", lambda: [(2, 16, 8), (1, 40, 8)])
+    monkeypatch.setattr(run, "MAIN_SHAPES", ((2, 16, 8), (1, 32, 16)))
+    monkeypatch.setattr(run, "sweep_shapes", lambda: [(2, 16, 8), (1, 40, 8)])
     known = parse("ops", "--out", str(tmp_path), *arguments)
-    bench_ops.Bench(known, CPU, kernels="off", small=True).run()
+    run.Bench(known, CPU, kernels="off", small=True).run()
     return json.loads((tmp_path / "ops.json").read_text())
 
 
 def test_a_run_writes_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ops, "REFERENCES", {"cema": ("fft",), "timestep_norm": ("torch",)})
-    report = small_run(tmp_path, monkeypatch, "--commit", "abc", "--layer")
-    assert report["commit"] == "abc"
-    assert {"device", "torch", "date", "copy_tb_s", "matmul_tflops", "rows", "accuracy", "cpu"} <= report.keys()
-    names = [(row["op"], row["impl"], row["B"], row["L"], row["D"], row["dtype"]) for row in report["rows"]]
+    monkeypatch.setattr(run, "REFERENCES", {"cema": ("fft",), "timestep_norm": ("torch",)})
+    results = small_run(tmp_path, monkeypatch, "--commit", "abc", "--layer")
+    assert results["commit"] == "abc"
+    assert {"device", "torch", "date", "copy_tb_s", "matmul_tflops", "rows", "accuracy", "cpu"} <= results.keys()
+    names = [(row["op"], row["impl"], row["B"], row["L"], row["D"], row["dtype"]) for row in results["rows"]]
     assert len(names) == len(set(names))
     assert ("cema", "fft", 1, 32, 16, "bfloat16") in names and ("timestep_norm", "cuda", 1, 40, 8, "bfloat16") in names
     assert ("cema", "cuda", 2, 16, 8, "float32") in names and ("layer", "torch", 2, 40, 64, "bfloat16") in names
-    for row in report["rows"]:
+    for row in results["rows"]:
         assert row["fwd_bwd_ms"] > 0 and row["fwd_ms"] > 0 and row["extra_mib"] == 0
         if row["op"] != "layer":
             assert row["floor_fwd_bwd_ms"] == pytest.approx(2.5 * row["floor_fwd_ms"])
@@ -266,18 +262,18 @@ def test_a_run_writes_what_it_measured(tmp_path, monkeypatch: pytest.MonkeyPatch
 
 def test_without_matplotlib_the_numbers_are_written(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report = small_run(tmp_path, monkeypatch, "--quick", "--only", "timestep_norm", "--shapes", "1x9x8")
-    assert [row["impl"] for row in report["rows"]] == ["cuda"]
+    results = small_run(tmp_path, monkeypatch, "--quick", "--only", "timestep_norm", "--shapes", "1x9x8")
+    assert [row["impl"] for row in results["rows"]] == ["cuda"]
     assert not (tmp_path / "ops.png").exists() and "no picture" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_not_timed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_accuracy, "LIMITS", dict.fromkeys(bench_accuracy.LIMITS, 0.5))
-    monkeypatch.setattr(bench_ops.Bench, "ceilings", lambda self: pytest.fail("timed"))
+    monkeypatch.setattr(accuracy, "LIMITS", dict.fromkeys(accuracy.LIMITS, 0.5))
+    monkeypatch.setattr(run.Bench, "ceilings", lambda self: pytest.fail("timed"))
     with pytest.raises(SystemExit, match=r"nothing is timed.*cema \(bfloat16.*: y\)"):
         small_run(tmp_path, monkeypatch, "--only", "cema")
-    accuracy = json.loads((tmp_path / "accuracy.json").read_text())["accuracy"]
-    assert not all(row["ok"] for row in accuracy) and not (tmp_path / "ops.json").exists()
+    judged = json.loads((tmp_path / "accuracy.json").read_text())["accuracy"]
+    assert not all(row["ok"] for row in judged) and not (tmp_path / "ops.json").exists()
 
 
 def test_measuring_takes_the_sets_in_turn() -> None:
@@ -288,6 +284,6 @@ def test_measuring_takes_the_sets_in_turn() -> None:
         return x * 2
 
     sets = [([torch.randn(4).requires_grad_()], torch.ones(4)) for _ in range(3)]
-    found = bench_timing.measure(function, sets, CPU, seconds=0.001)
+    found = timing.measure(function, sets, CPU, seconds=0.001)
     assert seen[:3] == [inputs[0].data_ptr() for inputs, _ in sets]
     assert found["graph"] == [] and found["extra_mib"] == 0

@@ -11,15 +11,13 @@ from torch import Tensor
 from megalodon_plugin.files import write_json
 from megalodon_plugin.ops.dispatch import use_kernels
 
-from .. import timing as bench_timing
 from ..environment import device_name, environment
-from . import OPS
-from . import layer as bench_layer
-from . import report as bench_report
+from ..timing import MIB, copy_rate, cpu_us, empty_op, free_memory, input_sets, kernel_times, matmul_rate, measure, size
+from . import OPS, layer
 from .accuracy import DTYPES, Case, golden_cases, judge, standard_cases
 from .implementations import CEMA_ORDER, implementation, norm_groups
 from .problems import cema_parameters, cema_problem, timestep_norm_problem
-from .report import Row, floor_ms, sweep_shapes
+from .report import Row, accuracy_table, draw, flatness, floor_ms, multiple, speed_table, sweep_shapes
 
 MAIN_SHAPES = ((8, 4096, 1024), (8, 4096, 4096), (1, 32768, 4096))
 QUICK_LENGTHS = (256, 65536, 1048576)
@@ -66,7 +64,7 @@ class Bench:
         self.write("ops.json")
         self.show()
         try:
-            bench_report.draw(self.report, self.options.out / "ops.png")
+            draw(self.report, self.options.out / "ops.png")
             self.say(f"wrote {self.options.out / 'ops.json'} and ops.png")
         except ImportError as error:
             self.say(f"wrote {self.options.out / 'ops.json'}; no picture ({error}): `megalodon bench plot` draws it")
@@ -98,7 +96,7 @@ class Bench:
                         f"{verdict} {op}, {worst['dtype']}, {case.name}: "
                         f"worst {worst['quantity']}, {worst['ratio']:.2f} of at most {worst['limit']:.1f} units"
                     )
-        print(bench_report.accuracy_table(rows), flush=True)
+        print(accuracy_table(rows), flush=True)
         wrong = [row for row in rows if not row["ok"]]
         if wrong:
             self.write("accuracy.json")
@@ -139,9 +137,9 @@ class Bench:
     def ceilings(self) -> None:
         """What a copy and a matrix product reach on this device, now."""
         numbers, width = (2**30, 8192) if not self.small else (2**16, 64)
-        numbers = min(numbers, bench_timing.free_memory(self.device) // 8)
-        self.report["copy_tb_s"] = bench_timing.copy_rate(self.device, numbers)
-        self.report["matmul_tflops"] = bench_timing.matmul_rate(self.device, width)
+        numbers = min(numbers, free_memory(self.device) // 8)
+        self.report["copy_tb_s"] = copy_rate(self.device, numbers)
+        self.report["matmul_tflops"] = matmul_rate(self.device, width)
         self.say(f"copy {self.report['copy_tb_s']:.2f} TB/s, bf16 product {self.report['matmul_tflops']:.0f} TFLOP/s")
 
     def plan(self, references: dict[str, list[str]]) -> list[tuple[str, str, tuple[int, int, int], str]]:
@@ -162,7 +160,7 @@ class Bench:
         for op, impl, shape, dtype in self.plan(references):
             label = f"{op}, {impl}, {shape}, {dtype}"
             itemsize = DTYPES[dtype].itemsize
-            free = bench_timing.free_memory(self.device)
+            free = free_memory(self.device)
             needed = int(5.5 * itemsize * shape[0] * shape[1] * shape[2])  # x, dy, y, dx and half an activation
             if needed > free:
                 self.say(f"{label}: skipped, {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB free")
@@ -179,7 +177,7 @@ class Bench:
                 continue
             self.report["rows"].append(row)
             self.write("ops.unfinished.json")
-            x = [bench_report.multiple(row, which) or 0.0 for which in ("fwd", "fwd_bwd")]
+            x = [multiple(row, which) or 0.0 for which in ("fwd", "fwd_bwd")]
             self.say(
                 f"{label}: forward {row['fwd_ms']:.3f} ms ({x[0]:.2f} x floor), with backward "
                 f"{row['fwd_bwd_ms']:.3f} ms ({x[1]:.2f} x), "
@@ -192,7 +190,7 @@ class Bench:
         function, mode = implementation(op, impl, shape[2])
         with use_kernels(self.kernels if impl == "cuda" else mode):
             sets = self.inputs(op, shape, dtype)
-            found = bench_timing.measure(function, sets, self.device, self.seconds)
+            found = measure(function, sets, self.device, self.seconds)
         x = sets[0][0][0]
         return {
             "op": op,
@@ -205,7 +203,7 @@ class Bench:
             **found,
             "floor_fwd_ms": floor_ms(2, shape, dtype.itemsize, self.report["copy_tb_s"]),
             "floor_fwd_bwd_ms": floor_ms(5, shape, dtype.itemsize, self.report["copy_tb_s"]),
-            "extra_share": found["extra_mib"] * bench_timing.MIB / bench_timing.size(x),
+            "extra_share": found["extra_mib"] * MIB / size(x),
         }
 
     def inputs(self, op: str, shape: tuple[int, int, int], dtype: torch.dtype) -> list[tuple[list[Tensor], Tensor]]:
@@ -217,23 +215,23 @@ class Bench:
             parameters = [torch.randn(dim, device=self.device) / 4 for _ in range(2)]
         parameters = [p.requires_grad_(True) for p in parameters]
         sets = []
-        for _ in range(bench_timing.input_sets(dtype.itemsize * shape[0] * shape[1] * dim, self.device)):
+        for _ in range(input_sets(dtype.itemsize * shape[0] * shape[1] * dim, self.device)):
             x, dy = (torch.empty(shape, dtype=dtype, device=self.device).normal_() for _ in range(2))
             sets.append(([x.requires_grad_(True), *parameters], dy))
         return sets
 
     def time_layer(self) -> None:
         """Rows with op "layer", and the ratio of the two."""
-        shapes = bench_layer.SHAPES if not self.small else ((2, 40),)
+        shapes = layer.SHAPES if not self.small else ((2, 40),)
         for batch, length in shapes:
             rows = []
             for impl in ("cuda", "torch"):
-                bench_timing.free_memory(self.device)
-                cfg = bench_layer.layer_config(64 if self.small else None)
+                free_memory(self.device)
+                cfg = layer.layer_config(64 if self.small else None)
                 seconds = 0.02 if self.small else 1.0
                 mode = self.kernels if impl == "cuda" else "off"
                 rows.append(
-                    bench_layer.measure_layer(
+                    layer.measure_layer(
                         cfg, batch, length, impl, mode, self.device, self.report["matmul_tflops"], seconds
                     )
                 )
@@ -256,19 +254,17 @@ class Bench:
                     return torch.autograd.grad(function(*inputs), inputs, dy)
 
                 found[op] = {
-                    "cpu_us_fwd": bench_timing.cpu_us(forward, self.device, calls, rounds),
-                    "cpu_us_fwd_bwd": bench_timing.cpu_us(both, self.device, calls, rounds),
-                    "kernels_fwd": sum(n for _, n, _ in bench_timing.kernel_times(forward, self.device)),
-                    "kernels_fwd_bwd": sum(n for _, n, _ in bench_timing.kernel_times(both, self.device)),
+                    "cpu_us_fwd": cpu_us(forward, self.device, calls, rounds),
+                    "cpu_us_fwd_bwd": cpu_us(both, self.device, calls, rounds),
+                    "kernels_fwd": sum(n for _, n, _ in kernel_times(forward, self.device)),
+                    "kernels_fwd_bwd": sum(n for _, n, _ in kernel_times(both, self.device)),
                 }
-        empty = bench_timing.empty_op()
+        empty = empty_op()
         x = torch.randn(shape, device=self.device).requires_grad_(True)
         dy = torch.randn(shape, device=self.device)
         found["empty"] = {
-            "cpu_us_fwd": bench_timing.cpu_us(lambda _: empty(x), self.device, calls, rounds),
-            "cpu_us_fwd_bwd": bench_timing.cpu_us(
-                lambda _: torch.autograd.grad(empty(x), [x], dy), self.device, calls, rounds
-            ),
+            "cpu_us_fwd": cpu_us(lambda _: empty(x), self.device, calls, rounds),
+            "cpu_us_fwd_bwd": cpu_us(lambda _: torch.autograd.grad(empty(x), [x], dy), self.device, calls, rounds),
         }
         self.report["cpu"] = found
         for op, times in found.items():
@@ -283,7 +279,7 @@ class Bench:
         with use_kernels(self.kernels):
             for op in self.ops:
                 for shape in self.options.shapes or MAIN_SHAPES:
-                    bench_timing.free_memory(self.device)
+                    free_memory(self.device)
                     (inputs, dy), function = (
                         self.inputs(op, shape, torch.bfloat16)[0],
                         implementation(op, "cuda", shape[2])[0],
@@ -293,7 +289,7 @@ class Bench:
                         return torch.autograd.grad(function(*inputs), inputs, dy)
 
                     self.say(f"kernels of {op} at {shape}, forward and backward, launches and microseconds a call")
-                    for name, launches, us in bench_timing.kernel_times(both, self.device):
+                    for name, launches, us in kernel_times(both, self.device):
                         print(f"    {us:9.1f}  {launches:4.1f}  {name[:120]}", flush=True)
                         self.report["profile"].append(
                             {"op": op, "shape": shape, "kernel": name, "launches": launches, "us": us}
@@ -301,10 +297,10 @@ class Bench:
 
     def show(self) -> None:
         """The table, and how flat the sweep is."""
-        print(bench_report.speed_table(self.report["rows"]))
+        print(speed_table(self.report["rows"]))
         for op in self.ops:
             for which in ("fwd", "fwd_bwd"):
-                spread = bench_report.flatness(self.report["rows"], op, f"{which}_ms")
+                spread = flatness(self.report["rows"], op, f"{which}_ms")
                 if spread is not None:
                     self.report.setdefault("spread", {})[f"{op}_{which}"] = spread
                     print(f"{op}, {which}: time per element over the lengths within {spread:.1%} of the fastest")
