@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ MIB = 2**20
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait for everything that was launched on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are left on the device, after giving back what no tensor holds."""
+    """Bytes free on the device, once the allocator has given back what no tensor holds."""
     gc.collect()
     if device.type != "cuda":
         return 2**40
@@ -87,7 +87,7 @@ def input_sets(activation_bytes: int, device: torch.device) -> int:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """A function that tells how far the memory in use has risen above where it stood at the start, in bytes."""
+    """A function that returns the peak of the memory in use beyond what was in use at the start, in bytes."""
     if device.type != "cuda":
         yield lambda: 0
         return
@@ -119,13 +119,28 @@ def size(t: Tensor) -> int:
     return t.numel() * t.element_size()
 
 
+class Measured(TypedDict):
+    """Times and memory of a function's forward pass, and of its forward and backward pass together."""
+
+    graph: list[str]
+    """Of "fwd" and "fwd_bwd" those whose time is that of calls inside a CUDA graph."""
+    eager_fwd_ms: float
+    fwd_ms: float
+    eager_fwd_bwd_ms: float
+    fwd_bwd_ms: float
+    extra_fwd_mib: float
+    extra_bwd_mib: float
+    extra_mib: float
+    """The larger of both."""
+
+
 def measure(
     function: Callable[..., Tensor],
     sets: list[tuple[list[Tensor], Tensor]],
     device: torch.device,
     seconds: float = 0.4,
     graph_below_ms: float = 3.0,
-) -> dict[str, Any]:
+) -> Measured:
     """Times of the forward pass, and of forward and backward together.
 
     Args:
@@ -133,10 +148,6 @@ def measure(
         sets: inputs, all with a gradient, and the output's gradient; taken in turn.
         graph_below_ms: calls that take less are also timed inside a CUDA graph, for the GPU may have waited for the
             CPU between them.
-
-    Returns:
-        fwd_ms and fwd_bwd_ms (of the graph where there is one), eager_fwd_ms and eager_fwd_bwd_ms, extra_fwd_mib,
-        extra_bwd_mib, extra_mib (the larger), and graph: which times are a graph's.
     """
     kept: list[object] = [None] * len(sets)  # outputs of the last round: a buffer used at once again stays in the cache
 
@@ -149,21 +160,28 @@ def measure(
         y = function(*inputs)
         kept[i % len(sets)] = (y.detach(), torch.autograd.grad(y, inputs, dy))
 
-    found: dict[str, Any] = {"graph": []}
+    eager, in_graph = {}, {}
     for name, call in (("fwd", forward), ("fwd_bwd", both)):
-        eager = median_ms(call, device, seconds)
-        found[f"eager_{name}_ms"] = found[f"{name}_ms"] = eager
-        if eager < graph_below_ms and device.type == "cuda":
+        eager[name] = median_ms(call, device, seconds)
+        if eager[name] < graph_below_ms and device.type == "cuda":
             try:
-                found[f"{name}_ms"] = graph_ms(call, device, len(sets), seconds)
-                found["graph"].append(name)
+                in_graph[name] = graph_ms(call, device, len(sets), seconds)
             except RuntimeError as error:
                 print(f"    no CUDA graph of this one: {str(error).splitlines()[0]}", flush=True)
         kept[:] = [None] * len(sets)
+    times = eager | in_graph
     inputs, dy = sets[0]
-    found["extra_fwd_mib"], found["extra_bwd_mib"] = extra_memory(function, inputs, dy, device)
-    found["extra_mib"] = max(found["extra_fwd_mib"], found["extra_bwd_mib"])
-    return found
+    extra_forward, extra_backward = extra_memory(function, inputs, dy, device)
+    return {
+        "graph": list(in_graph),
+        "eager_fwd_ms": eager["fwd"],
+        "fwd_ms": times["fwd"],
+        "eager_fwd_bwd_ms": eager["fwd_bwd"],
+        "fwd_bwd_ms": times["fwd_bwd"],
+        "extra_fwd_mib": extra_forward,
+        "extra_bwd_mib": extra_backward,
+        "extra_mib": max(extra_forward, extra_backward),
+    }
 
 
 def copy_rate(device: torch.device, numbers: int = 2**30) -> float:

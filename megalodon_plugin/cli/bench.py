@@ -7,11 +7,17 @@ same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws 
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from megalodon_plugin.bench.ops import OPS
 from megalodon_plugin.bench.parallel.options import add_parallel
 from megalodon_plugin.bench.sizes import SIZES
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -130,8 +136,13 @@ def run_bench(known: argparse.Namespace) -> int:
         raise ValueError(
             "a CUDA GPU is needed, for times and memory of kernels are what is measured, but torch finds none"
         )
-    from megalodon_plugin.bench.ops.run import Bench
+    from megalodon_plugin.bench.ops.run import Bench, OpsOptions
 
     device = torch.device("cuda", torch.cuda.current_device())
-    Bench(known, device).run()
+    Bench(options_of(OpsOptions, known), device).run()
     return 0
+
+
+def options_of(kind: type[Options], known: argparse.Namespace) -> Options:
+    """The dataclass `kind` from the parsed options of its fields' names."""
+    return kind(**{field.name: getattr(known, field.name) for field in dataclasses.fields(kind)})

@@ -239,8 +239,8 @@ def test_tables_show_multiples_and_dashes() -> None:
 def small_run(tmp_path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict:
     monkeypatch.setattr(run, "MAIN_SHAPES", ((2, 16, 8), (1, 32, 16)))
     monkeypatch.setattr(run, "sweep_shapes", lambda: [(2, 16, 8), (1, 40, 8)])
-    known = parse("ops", "--out", str(tmp_path), *arguments)
-    run.Bench(known, CPU, kernels="off", small=True).run()
+    options = bench.options_of(run.OpsOptions, parse("ops", "--out", str(tmp_path), *arguments))
+    run.Bench(options, CPU, kernels="off", small=True).run()
     return json.loads((tmp_path / "ops.json").read_text())
 
 

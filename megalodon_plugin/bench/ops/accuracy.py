@@ -18,12 +18,12 @@ from torch import Tensor
 from megalodon_plugin.ops.dispatch import use_kernels
 
 from .problems import COEFFICIENTS, Call, Problem, cema_problem, solve, timestep_norm_problem
+from .results import AccuracyRow
 
 LIMITS = {torch.bfloat16: 1.5, torch.float32: 2.0}
 FLOOR = 1e-7
 """An error that float32 cannot be asked to stay below: about its rounding, 2^-24 = 6e-8."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-Row = dict[str, Any]
 
 
 class Case(NamedTuple):
@@ -61,18 +61,17 @@ def pooled(solutions: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def judge(
     case: Case, impl: str = "cuda", mode: str = "require", call: Call | None = None, limit: float | None = None
-) -> list[Row]:
+) -> list[AccuracyRow]:
     """One row for each output and gradient of the case.
 
     Args:
         impl: the implementation's name in the rows.
-        mode: what the ops run as (`ops.backend.use_kernels`).
+        mode: what the ops run as (`ops.dispatch.use_kernels`).
         call: an implementation other than the op.
         limit: how many units of error are allowed, by default `LIMITS`.
 
     Returns:
-        rows with op, case, dtype, impl, quantity; error and error_max (Euclidean and largest), unit and unit_max, their
-        ratios, limit, and ok: error <= limit * unit + FLOOR. A number that is not finite is an infinite error.
+        rows, with ok where error <= limit * unit + FLOOR. A number that is not finite is an infinite error.
     """
     results, truths, units = [], [], []
     for make in case.problems:
@@ -86,7 +85,7 @@ def judge(
         dtype = problem.dtype
     limit = LIMITS[dtype] if limit is None else limit
     result, truth, unit = pooled(results), pooled(truths), pooled(units)
-    rows = []
+    rows: list[AccuracyRow] = []
     for name, value in result.items():
         want = truth[name]
         errors = relative_errors(value, want) if torch.isfinite(value).all() else (torch.inf, torch.inf)
@@ -111,7 +110,7 @@ def judge(
     return rows
 
 
-def accuracy_row(row: Row) -> str:
+def accuracy_row(row: AccuracyRow) -> str:
     """A row of `judge` in words."""
     return (
         f"{row['op']} {row['case']}, {row['dtype']}, {row['quantity']}: error {row['error']:.3g} is {row['ratio']:.3g} "
@@ -182,7 +181,7 @@ def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in load_file(path.with_suffix(".safetensors")).items()}
 
 
-def _golden_cema(path: Path, info: Row, dtype: torch.dtype, device: torch.device) -> Problem:
+def _golden_cema(path: Path, info: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Problem:
     tensors = _load(path, device)
     arguments = {"x": tensors["in.x"].transpose(1, 2).to(dtype)}  # stored as (B, D, L)
     arguments |= {name: tensors[f"param.{name}"].float() for name in COEFFICIENTS}
@@ -194,7 +193,7 @@ def _golden_cema(path: Path, info: Row, dtype: torch.dtype, device: torch.device
     return Problem("cema", arguments, {}, weights)
 
 
-def _golden_timestep_norm(path: Path, info: Row, dtype: torch.dtype, device: torch.device) -> Problem:
+def _golden_timestep_norm(path: Path, info: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Problem:
     tensors = _load(path, device)
     batch = info["B"]
     arguments = {"x": tensors["in.x"].to(dtype)}

@@ -1,7 +1,6 @@
 """One layer of a model, forward and backward, with the kernels and without."""
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +9,15 @@ from megalodon_plugin.model import PRESETS, MegalodonConfig
 from megalodon_plugin.model.block import MegalodonBlock
 from megalodon_plugin.ops.dispatch import use_kernels
 
-from ..timing import measure, size
+from ..timing import MIB, measure, size
+from .results import SpeedRow
 
 SHAPES = ((8, 4096), (1, 32768))
 """(B, L)"""
 
 
 def layer_config(dim: int | None = None) -> MegalodonConfig:
-    """The paper's 7B; with `dim`, a small one for trying."""
+    """The paper's 7B; with `dim`, a small one for tests."""
     if dim is None:
         return PRESETS["paper_7B"]
     return dataclasses.replace(PRESETS["debug"], dim=dim, chunk_size=32)
@@ -38,19 +38,24 @@ def layer_flops(cfg: MegalodonConfig, length: int) -> float:
 
 def measure_layer(
     cfg: MegalodonConfig,
-    batch: int,
-    length: int,
+    shape: tuple[int, int],
     impl: str,
     mode: str,
     device: torch.device,
     tflops: float,
     seconds: float = 1.0,
-) -> dict[str, Any]:
+) -> SpeedRow:
     """A row with op "layer": x (B, L, D) in bfloat16 under autocast, gradients of x and of every parameter.
 
-    `mode` is what the ops run as. The floor is the time of the layer's matrix products at the rate of the large
-    bfloat16 product.
+    The floor is the time of the layer's matrix products at `tflops`.
+
+    Args:
+        shape: (B, L).
+        impl: the implementation's name in the row.
+        mode: what the ops run as (`ops.dispatch.use_kernels`).
+        tflops: rate of a large bfloat16 product.
     """
+    batch, length = shape
     torch.manual_seed(0)
     with device:
         block = MegalodonBlock(cfg, 0)
@@ -77,5 +82,5 @@ def measure_layer(
         **found,
         "floor_fwd_ms": floor,
         "floor_fwd_bwd_ms": 3 * floor,
-        "extra_share": found["extra_mib"] * 2**20 / size(x),
+        "extra_share": found["extra_mib"] * MIB / size(x),
     }

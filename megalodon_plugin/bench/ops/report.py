@@ -1,12 +1,12 @@
-"""What a benchmark has found: floors, tables for the terminal, JSON and a picture."""
+"""The results of `megalodon bench ops` beside their floors: tables for the terminal, and a picture."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..environment import device_of
+from .results import PASSES, AccuracyRow, OpsResults, Pass, Shape, SpeedRow, elements, multiple, shape_of
 
-Row = dict[str, Any]
 COLORS = {"cuda": "tab:green", "compiled": "tab:orange", "torch": "tab:blue", "fft": "tab:purple"}
 SWEEP_DIM = 4096
 SWEEP_LENGTHS = tuple(256 * 4**i for i in range(7))
@@ -14,12 +14,12 @@ SWEEP_LENGTHS = tuple(256 * 4**i for i in range(7))
 SWEEP_TOKENS = 32768
 
 
-def sweep_shapes() -> list[tuple[int, int, int]]:
+def sweep_shapes() -> list[Shape]:
     """(B, L, D) of the sweep over lengths: B * L = 32768 as long as a row is no longer than that."""
     return [(max(1, SWEEP_TOKENS // length), length, SWEEP_DIM) for length in SWEEP_LENGTHS]
 
 
-def floor_ms(activations: int, shape: tuple[int, int, int], itemsize: int, copy_tb_s: float) -> float:
+def floor_ms(activations: int, shape: Shape, itemsize: int, copy_tb_s: float) -> float:
     """The time to move that many activations of shape (B, L, D) once, at the rate of a copy.
 
     A forward pass must move 2 (x, y), forward and backward 5 (x, y, and then x, dy, dx).
@@ -28,13 +28,18 @@ def floor_ms(activations: int, shape: tuple[int, int, int], itemsize: int, copy_
     return activations * batch * length * dim * itemsize / (copy_tb_s * 1e12) * 1e3
 
 
-def flatness(rows: Iterable[Row], op: str, time: str = "fwd_ms") -> float | None:
+def flatness(rows: Iterable[SpeedRow], op: str, which: Pass = "fwd") -> float | None:
     """How much longer the slowest length of the sweep takes an element than the fastest: max / min - 1."""
-    each = [row[time] / elements(row) for row in sweep_rows(rows, op) if row[time]]
+    each = [picoseconds(row, which) for row in sweep_rows(rows, op)]
     return max(each) / min(each) - 1 if len(each) > 1 else None
 
 
-def sweep_rows(rows: Iterable[Row], op: str) -> list[Row]:
+def picoseconds(row: SpeedRow, which: Pass) -> float:
+    """Time of an element."""
+    return (row["fwd_ms"] if which == "fwd" else row["fwd_bwd_ms"]) * 1e9 / elements(row)
+
+
+def sweep_rows(rows: Iterable[SpeedRow], op: str) -> list[SpeedRow]:
     """The op's rows that lie on the sweep, by length."""
     shapes = set(sweep_shapes())
     chosen = [
@@ -45,17 +50,7 @@ def sweep_rows(rows: Iterable[Row], op: str) -> list[Row]:
     return sorted(chosen, key=lambda row: row["L"])
 
 
-def shape_of(row: Row) -> tuple[int, int, int]:
-    """(B, L, D)"""
-    return row["B"], row["L"], row["D"]
-
-
-def elements(row: Row) -> int:
-    """B * L * D"""
-    return row["B"] * row["L"] * row["D"]
-
-
-def table(rows: list[Row], columns: list[tuple[str, str, str]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], columns: list[tuple[str, str, str]]) -> str:
     """Rows as text. A column is (heading, key, format); what a row lacks is shown as a dash."""
     cells = [[heading for heading, _, _ in columns]]
     for row in rows:
@@ -65,14 +60,14 @@ def table(rows: list[Row], columns: list[tuple[str, str, str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def speed_table(rows: list[Row]) -> str:
+def speed_table(rows: list[SpeedRow]) -> str:
     """Times with their multiples of the floor, and memory."""
     with_multiples = [
-        row
+        dict(row)
         | {
             "fwd_x": multiple(row, "fwd"),
             "fwd_bwd_x": multiple(row, "fwd_bwd"),
-            "ps": row["fwd_ms"] * 1e9 / elements(row),
+            "ps": picoseconds(row, "fwd"),
         }
         for row in rows
     ]
@@ -97,29 +92,23 @@ def speed_table(rows: list[Row]) -> str:
     )
 
 
-def multiple(row: Row, which: str) -> float | None:
-    """The time as a multiple of its floor; `which` is "fwd" or "fwd_bwd"."""
-    floor, time = row.get(f"floor_{which}_ms"), row.get(f"{which}_ms")
-    return time / floor if floor and time else None
-
-
-def accuracy_table(rows: list[Row]) -> str:
+def accuracy_table(rows: list[AccuracyRow]) -> str:
     """Each result's error in units of the error that cannot be avoided, a line for each case; "!" marks too large."""
     tables = []
     for op in dict.fromkeys(row["op"] for row in rows):
         chosen = [row for row in rows if row["op"] == op]
         quantities = list(dict.fromkeys(row["quantity"] for row in chosen))
-        lines: dict[tuple[str, str, str], Row] = {}
+        lines: dict[tuple[str, str, str], dict[str, Any]] = {}
         for row in chosen:
             key = (row["impl"], row["dtype"], row["case"])
-            line = lines.setdefault(key, {name: row[name] for name in ("op", "impl", "dtype", "case", "limit")})
+            line = lines.setdefault(key, dict(row))
             line[row["quantity"]] = f"{row['ratio']:.2f}" + ("" if row["ok"] else "!")
         columns = [(name, name, "") for name in ("op", "impl", "dtype", "case")] + [("at most", "limit", ".1f")]
         tables.append(table(list(lines.values()), columns + [(name, name, "") for name in quantities]))
     return "\n\n".join(tables)
 
 
-def draw(report: Row, path: Path) -> None:
+def draw(results: OpsResults, path: Path) -> None:
     """Multiples of the floor by shape and implementation, and time per element against length.
 
     Raises:
@@ -130,13 +119,14 @@ def draw(report: Row, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in report["rows"] if row["op"] != "layer"]
+    rows = [row for row in results["rows"] if row["op"] != "layer"]
     if not rows:
         raise ValueError("`rows` must hold at least one row of an op, but there is none to draw")
     figure, (bars, lines) = plt.subplots(2, 1, figsize=(11, 10))
     _draw_multiples(bars, rows)
-    _draw_sweep(lines, rows, report["copy_tb_s"])
-    figure.suptitle(f"{device_of(report)}, torch {report['torch']}, commit {report['commit']}, {report['date'][:10]}")
+    _draw_sweep(lines, rows, results["copy_tb_s"])
+    measured = f"commit {results['commit']}, {results['date'][:10]}"
+    figure.suptitle(f"{device_of(results)}, torch {results['torch']}, {measured}")
     figure.tight_layout()
     unfinished = path.with_name(path.name + ".unfinished")
     figure.savefig(unfinished, dpi=110, format="png")
@@ -144,7 +134,7 @@ def draw(report: Row, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _draw_multiples(axes: Any, rows: list[Row]) -> None:
+def _draw_multiples(axes: Any, rows: list[SpeedRow]) -> None:
     compared = {(row["op"], *shape_of(row), row["dtype"]) for row in rows if row["impl"] != "cuda"}
     groups = sorted(compared or {(row["op"], *shape_of(row), row["dtype"]) for row in rows})
     width = 0.19
@@ -173,14 +163,13 @@ def _draw_multiples(axes: Any, rows: list[Row]) -> None:
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _draw_sweep(axes: Any, rows: list[Row], copy_tb_s: float) -> None:
+def _draw_sweep(axes: Any, rows: list[SpeedRow], copy_tb_s: float) -> None:
     for op, color in (("cema", "tab:green"), ("timestep_norm", "tab:red")):
         swept = sweep_rows(rows, op)
-        for time, style in (("fwd_ms", "-o"), ("fwd_bwd_ms", "--s")):
-            known = [row for row in swept if row[time]]
-            label = f"{op}, {'forward' if time == 'fwd_ms' else 'forward + backward'}"
-            picoseconds = [row[time] * 1e9 / elements(row) for row in known]
-            axes.plot([row["L"] for row in known], picoseconds, style, color=color, markersize=4, label=label)
+        for which, style in zip(PASSES, ("-o", "--s"), strict=True):
+            label = f"{op}, {'forward' if which == 'fwd' else 'forward + backward'}"
+            times = [picoseconds(row, which) for row in swept]
+            axes.plot([row["L"] for row in swept], times, style, color=color, markersize=4, label=label)
     for activations, style in ((2, "-"), (5, "--")):
         floor = activations * 2 / copy_tb_s  # bytes / (TB/s) = ps
         axes.axhline(floor, color="0.5", linewidth=1, linestyle=style, label=f"floor, {activations} activations")

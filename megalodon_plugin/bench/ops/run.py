@@ -1,8 +1,10 @@
 """The run behind `megalodon bench ops`: check, ceilings, times, report."""
 
-import argparse
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from . import OPS, layer
 from .accuracy import DTYPES, Case, golden_cases, judge, standard_cases
 from .implementations import CEMA_ORDER, implementation, norm_groups
 from .problems import cema_parameters, cema_problem, timestep_norm_problem
-from .report import Row, accuracy_table, draw, flatness, floor_ms, multiple, speed_table, sweep_shapes
+from .report import accuracy_table, draw, flatness, floor_ms, speed_table, sweep_shapes
+from .results import PASSES, CpuTimes, OpsResults, Shape, SpeedRow, multiple
 
 MAIN_SHAPES = ((8, 4096, 1024), (8, 4096, 4096), (1, 32768, 4096))
 QUICK_LENGTHS = (256, 65536, 1048576)
@@ -26,17 +29,44 @@ REFERENCE_LIMIT = 2.0
 """Units of error of what is only compared with: it must compute the op, not meet our limits."""
 
 
-class Bench:
-    """One run on one device, with the options of the command line; `kernels` is the mode of the "cuda" rows."""
+@dataclass(frozen=True)
+class OpsOptions:
+    """What is checked and timed."""
 
-    def __init__(
-        self, options: argparse.Namespace, device: torch.device, kernels: str = "require", small: bool = False
-    ):
+    out: Path
+    """Folder of the results."""
+    only: str | None = None
+    """One op in place of all."""
+    quick: bool = False
+    """Only the kernels, fewer lengths, shorter measurements."""
+    shapes: Sequence[Shape] | None = None
+    """These in place of the main ones and the sweep over lengths."""
+    layer: bool = False
+    """Also a whole layer."""
+    profile: bool = False
+    """Also the time of each GPU kernel."""
+    accuracy_only: bool = False
+    """Check, and time nothing."""
+    golden: Path | None = None
+    """A folder of golden vectors to check with as well."""
+    commit: str | None = None
+    """In place of what git says."""
+
+
+class Bench:
+    """One run on one device.
+
+    Args:
+        kernels: the mode of the ops (`ops.dispatch.use_kernels`) in the rows of "cuda".
+        small: sizes and durations for a test.
+    """
+
+    def __init__(self, options: OpsOptions, device: torch.device, kernels: str = "require", small: bool = False):
         self.options, self.device, self.kernels, self.small = options, device, kernels, small
+        self.results: OpsResults = {**environment(device_name(device), options.commit), "rows": [], "accuracy": []}
         self.ops = (options.only,) if options.only else OPS
         self.seconds = 0.02 if small else 0.15 if options.quick else 0.4
         self.started = time.monotonic()
-        self.report: Row = {}
 
     def say(self, text: str) -> None:
         """Print a line of progress at once."""
@@ -49,7 +79,6 @@ class Bench:
             SystemExit: the kernels are wrong somewhere; nothing is timed then.
         """
         self.options.out.mkdir(parents=True, exist_ok=True)
-        self.report = {**environment(device_name(self.device), self.options.commit), "rows": [], "accuracy": []}
         references = self.check()
         if self.options.accuracy_only:
             self.write("accuracy.json")
@@ -64,14 +93,14 @@ class Bench:
         self.write("ops.json")
         self.show()
         try:
-            draw(self.report, self.options.out / "ops.png")
+            draw(self.results, self.options.out / "ops.png")
             self.say(f"wrote {self.options.out / 'ops.json'} and ops.png")
         except ImportError as error:
             self.say(f"wrote {self.options.out / 'ops.json'}; no picture ({error}): `megalodon bench plot` draws it")
 
     def write(self, name: str) -> None:
-        """Write what is known so far."""
-        write_json(self.report, self.options.out / name)
+        """Write the results so far."""
+        write_json(self.results, self.options.out / name)
 
     # Correctness
 
@@ -81,7 +110,7 @@ class Bench:
         Raises:
             SystemExit: a result of the kernels strays further than it may.
         """
-        rows = self.report["accuracy"]
+        rows = self.results["accuracy"]
         for op in self.ops:
             for dtype in DTYPES.values():
                 cases = standard_cases(op, dtype, self.device, large=not self.small)
@@ -125,7 +154,7 @@ class Bench:
         except Exception as error:  # a reference that does not run here is left out, whatever the reason
             self.say(f"{op}: {impl} is left out, it does not run: {type(error).__name__}: {str(error)[:300]}")
             return False
-        self.report["accuracy"] += rows
+        self.results["accuracy"] += rows
         wrong = [f"{row['quantity']} {row['ratio']:.2f}" for row in rows if not row["ok"]]
         self.say(
             f"{op}: {impl} " + (f"is left out, its results are wrong: {', '.join(wrong)}" if wrong else "is right")
@@ -138,11 +167,11 @@ class Bench:
         """What a copy and a matrix product reach on this device, now."""
         numbers, width = (2**30, 8192) if not self.small else (2**16, 64)
         numbers = min(numbers, free_memory(self.device) // 8)
-        self.report["copy_tb_s"] = copy_rate(self.device, numbers)
-        self.report["matmul_tflops"] = matmul_rate(self.device, width)
-        self.say(f"copy {self.report['copy_tb_s']:.2f} TB/s, bf16 product {self.report['matmul_tflops']:.0f} TFLOP/s")
+        self.results["copy_tb_s"] = copy_rate(self.device, numbers)
+        self.results["matmul_tflops"] = matmul_rate(self.device, width)
+        self.say(f"copy {self.results['copy_tb_s']:.2f} TB/s, bf16 product {self.results['matmul_tflops']:.0f} TFLOP/s")
 
-    def plan(self, references: dict[str, list[str]]) -> list[tuple[str, str, tuple[int, int, int], str]]:
+    def plan(self, references: dict[str, list[str]]) -> list[tuple[str, str, Shape, str]]:
         """(op, impl, shape, dtype) of every row, each once, in the order of measuring."""
         shapes = tuple(self.options.shapes or MAIN_SHAPES)
         wanted = []
@@ -175,9 +204,9 @@ class Bench:
                     raise
                 self.say(f"{label}: skipped, {type(error).__name__}: {str(error)[:300]}")
                 continue
-            self.report["rows"].append(row)
+            self.results["rows"].append(row)
             self.write("ops.unfinished.json")
-            x = [multiple(row, which) or 0.0 for which in ("fwd", "fwd_bwd")]
+            x = [multiple(row, which) or 0.0 for which in PASSES]
             self.say(
                 f"{label}: forward {row['fwd_ms']:.3f} ms ({x[0]:.2f} x floor), with backward "
                 f"{row['fwd_bwd_ms']:.3f} ms ({x[1]:.2f} x), "
@@ -185,28 +214,31 @@ class Bench:
             )
         (self.options.out / "ops.unfinished.json").unlink(missing_ok=True)
 
-    def time_op(self, op: str, impl: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Row:
+    def time_op(self, op: str, impl: str, shape: Shape, dtype: torch.dtype) -> SpeedRow:
         """The row of one implementation at one shape."""
         function, mode = implementation(op, impl, shape[2])
         with use_kernels(self.kernels if impl == "cuda" else mode):
             sets = self.inputs(op, shape, dtype)
             found = measure(function, sets, self.device, self.seconds)
-        x = sets[0][0][0]
-        return {
+        row: SpeedRow = {
             "op": op,
             "impl": impl,
             "B": shape[0],
             "L": shape[1],
             "D": shape[2],
-            **({"N": CEMA_ORDER} if op == "cema" else {"G": norm_groups(shape[2])}),
             "dtype": str(dtype).removeprefix("torch."),
             **found,
-            "floor_fwd_ms": floor_ms(2, shape, dtype.itemsize, self.report["copy_tb_s"]),
-            "floor_fwd_bwd_ms": floor_ms(5, shape, dtype.itemsize, self.report["copy_tb_s"]),
-            "extra_share": found["extra_mib"] * MIB / size(x),
+            "floor_fwd_ms": floor_ms(2, shape, dtype.itemsize, self.results["copy_tb_s"]),
+            "floor_fwd_bwd_ms": floor_ms(5, shape, dtype.itemsize, self.results["copy_tb_s"]),
+            "extra_share": found["extra_mib"] * MIB / size(sets[0][0][0]),
         }
+        if op == "cema":
+            row["N"] = CEMA_ORDER
+        else:
+            row["G"] = norm_groups(shape[2])
+        return row
 
-    def inputs(self, op: str, shape: tuple[int, int, int], dtype: torch.dtype) -> list[tuple[list[Tensor], Tensor]]:
+    def inputs(self, op: str, shape: Shape, dtype: torch.dtype) -> list[tuple[list[Tensor], Tensor]]:
         """Sets of (inputs, gradient of the output) that share their parameters, all inputs with a gradient."""
         dim = shape[2]
         if op == "cema":
@@ -222,26 +254,23 @@ class Bench:
 
     def time_layer(self) -> None:
         """Rows with op "layer", and the ratio of the two."""
-        shapes = layer.SHAPES if not self.small else ((2, 40),)
-        for batch, length in shapes:
+        for shape in layer.SHAPES if not self.small else ((2, 40),):
             rows = []
             for impl in ("cuda", "torch"):
                 free_memory(self.device)
                 cfg = layer.layer_config(64 if self.small else None)
                 seconds = 0.02 if self.small else 1.0
                 mode = self.kernels if impl == "cuda" else "off"
-                rows.append(
-                    layer.measure_layer(
-                        cfg, batch, length, impl, mode, self.device, self.report["matmul_tflops"], seconds
-                    )
-                )
-                self.say(f"layer, {impl}, ({batch}, {length}): {rows[-1]['fwd_bwd_ms']:.1f} ms forward and backward")
-            self.say(f"layer, ({batch}, {length}): {rows[1]['fwd_bwd_ms'] / rows[0]['fwd_bwd_ms']:.2f} times as fast")
-            self.report["rows"] += rows
+                tflops = self.results["matmul_tflops"]
+                rows.append(layer.measure_layer(cfg, shape, impl, mode, self.device, tflops, seconds))
+                self.say(f"layer, {impl}, {shape}: {rows[-1]['fwd_bwd_ms']:.1f} ms forward and backward")
+            self.say(f"layer, {shape}: {rows[1]['fwd_bwd_ms'] / rows[0]['fwd_bwd_ms']:.2f} times as fast")
+            self.results["rows"] += rows
 
     def cpu_times(self) -> None:
         """What an eager call costs the CPU, at a shape that keeps the GPU idle, beside an op that does nothing."""
-        shape, found = (1, 64, 64), {}
+        shape = (1, 64, 64)
+        found: dict[str, CpuTimes] = {}
         calls, rounds = (100, 9) if not self.small else (2, 3)
         with use_kernels(self.kernels):
             for op in self.ops:
@@ -266,16 +295,16 @@ class Bench:
             "cpu_us_fwd": cpu_us(lambda _: empty(x), self.device, calls, rounds),
             "cpu_us_fwd_bwd": cpu_us(lambda _: torch.autograd.grad(empty(x), [x], dy), self.device, calls, rounds),
         }
-        self.report["cpu"] = found
+        self.results["cpu"] = found
         for op, times in found.items():
             self.say(f"CPU, {op}: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items()))
-        for row in self.report["rows"]:
+        for row in self.results["rows"]:
             if row["impl"] == "cuda" and row["op"] in found:
                 row["cpu_us_fwd"] = found[row["op"]]["cpu_us_fwd"]
 
     def profile(self) -> None:
         """Times of the GPU kernels at the main shapes."""
-        self.report["profile"] = []
+        self.results["profile"] = []
         with use_kernels(self.kernels):
             for op in self.ops:
                 for shape in self.options.shapes or MAIN_SHAPES:
@@ -291,17 +320,17 @@ class Bench:
                     self.say(f"kernels of {op} at {shape}, forward and backward, launches and microseconds a call")
                     for name, launches, us in kernel_times(both, self.device):
                         print(f"    {us:9.1f}  {launches:4.1f}  {name[:120]}", flush=True)
-                        self.report["profile"].append(
+                        self.results["profile"].append(
                             {"op": op, "shape": shape, "kernel": name, "launches": launches, "us": us}
                         )
 
     def show(self) -> None:
         """The table, and how flat the sweep is."""
-        print(speed_table(self.report["rows"]))
+        print(speed_table(self.results["rows"]))
         for op in self.ops:
-            for which in ("fwd", "fwd_bwd"):
-                spread = flatness(self.report["rows"], op, f"{which}_ms")
+            for which in PASSES:
+                spread = flatness(self.results["rows"], op, which)
                 if spread is not None:
-                    self.report.setdefault("spread", {})[f"{op}_{which}"] = spread
+                    self.results.setdefault("spread", {})[f"{op}_{which}"] = spread
                     print(f"{op}, {which}: time per element over the lengths within {spread:.1%} of the fastest")
         self.write("ops.json")
