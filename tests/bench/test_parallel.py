@@ -1,4 +1,4 @@
-"""`megalodon bench parallel` without a GPU: its cases, its arithmetic, and small runs of its parts."""
+"""`megalodon bench parallel` without a GPU: its scenarios, its arithmetic, and small runs of its parts."""
 
 import json
 import subprocess
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megalodon_plugin.bench.parallel.exchanges import differences
-from megalodon_plugin.bench.parallel.rank import Order
+from megalodon_plugin.bench.parallel.rank import Task
 from megalodon_plugin.bench.parallel.report import check_line, draw, table
-from megalodon_plugin.bench.parallel.rows import compare, deviation, held_against, merged
+from megalodon_plugin.bench.parallel.rows import add_ratios, check_against_single, deviation, merged
 from megalodon_plugin.bench.parallel.run import SMALL, _reason_of_model
 from megalodon_plugin.bench.parallel.scenarios import (
     ONE,
@@ -20,7 +20,7 @@ from megalodon_plugin.bench.parallel.scenarios import (
     name_of,
     parse_layout,
     reason_against,
-    simulated_cases,
+    simulated_scenarios,
     strong,
     weak,
 )
@@ -60,24 +60,24 @@ def test_default_layouts_fit_the_gpus_and_hold_every_dimension_alone() -> None:
     ],
 )
 def test_weak_scaling_gives_every_gpu_as_many_tokens(name: str, rows: int, length: int, local: int) -> None:
-    case = weak("debug", "megalodon", parse_layout(name), 100)
-    assert (case.rows, case.length, case.local_rows) == (rows, length, local)
-    assert case.tokens == 100 * case.layout.gpus
-    assert reason_against(case, mixed_precision=True) is None
+    scenario = weak("debug", "megalodon", parse_layout(name), 100)
+    assert (scenario.rows, scenario.length, scenario.local_rows) == (rows, length, local)
+    assert scenario.tokens == 100 * scenario.layout.gpus
+    assert reason_against(scenario, mixed_precision=True) is None
 
 
 @pytest.mark.parametrize(
     ("name", "local"), [("1", 2), ("cp 2", 4), ("fsdp 2", 2), ("fsdp 4", 2), ("fsdp 8", 1), ("tp 4", 8), ("pp 4", 8)]
 )
 def test_strong_scaling_accumulates_what_a_gpu_cannot_take_at_once(name: str, local: int) -> None:
-    case = strong("debug", "megalodon", parse_layout(name), length=50, tokens_per_step=400, tokens_per_gpu=100)
-    assert (case.rows, case.length, case.local_rows) == (8, 50, local)
+    scenario = strong("debug", "megalodon", parse_layout(name), length=50, tokens_per_step=400, tokens_per_gpu=100)
+    assert (scenario.rows, scenario.length, scenario.local_rows) == (8, 50, local)
 
 
 def test_what_is_not_timed_is_told() -> None:
     def reason(name: str, length: int, model: str = "megalodon", mixed_precision: bool = True) -> str | None:
-        case = strong("debug", model, parse_layout(name), length, 400, 100)
-        return reason_against(case, mixed_precision)
+        scenario = strong("debug", model, parse_layout(name), length, 400, 100)
+        return reason_against(scenario, mixed_precision)
 
     assert reason("cp 8", 1000) is None
     assert reason("fsdp 2", 1000) == "1 rows do not go round 2 data parallel ranks of fsdp 2"
@@ -115,7 +115,7 @@ def row(layout: str, speed: float, scaling: str = "weak", **more: Any) -> dict[s
 
 def test_rows_are_compared_with_one_gpu_and_with_fsdp() -> None:
     rows = [row("1", 100.0), row("fsdp 2", 190.0), row("cp 2", 180.0), row("cp 2", 1.0, tokens_per_gpu=128)]
-    compare(rows)
+    add_ratios(rows)
     assert [r["efficiency"] for r in rows] == [1.0, 0.95, 0.9, 1.0]
     assert [r.get("to_fsdp") for r in rows] == [None, 1.0, pytest.approx(180 / 190), None]
     assert all("deviation" not in r for r in rows)  # other rows for other numbers of GPUs
@@ -128,7 +128,7 @@ def test_strong_rows_are_held_to_the_losses_of_the_fewest_gpus() -> None:
         row("cp 2", 150.0, "strong"),
         row("cp 4", 240.0, "strong", losses_and_norms=[[2.002, 1.0]]),
     ]
-    compare(rows)
+    add_ratios(rows)
     assert (rows[2]["efficiency"], rows[2]["base_gpus"]) == (0.8, 2)
     assert rows[2]["deviation"] == pytest.approx(1e-3)
     assert "efficiency" not in rows[0]
@@ -167,7 +167,7 @@ def test_deviation_is_the_largest_and_there_is_none_of_what_is_missing() -> None
 
 def test_a_check_fails_where_steps_are_missing_and_where_they_differ() -> None:
     def check(*steps: list[float]) -> dict[str, Any]:
-        return held_against([{"losses_and_norms": list(steps)}], [[2.0, 1.0], [1.9, 1.0]], 1e-5)
+        return check_against_single([{"losses_and_norms": list(steps)}], [[2.0, 1.0], [1.9, 1.0]], 1e-5)
 
     assert "failed" not in check([2.0, 1.0], [1.9, 1.0])
     assert "off by 1.0e-01" in check([2.0, 1.0], [1.9, 1.1])["failed"]
@@ -185,10 +185,10 @@ def test_exchanges_that_differ_from_the_formulas_are_told() -> None:
 
 
 def test_simulated_cases_begin_with_one_gpu_and_say_so() -> None:
-    cases = simulated_cases(["debug"], [8, 256], 1024)
-    assert [name_of(case.layout) for case in cases][:3] == ["1", "fsdp 8", "cp 8"]
-    assert {case.scaling for case in cases} == {"simulated"}
-    assert {case.tokens // case.layout.gpus for case in cases} == {1024}
+    scenarios = simulated_scenarios(["debug"], [8, 256], 1024)
+    assert [name_of(scenario.layout) for scenario in scenarios][:3] == ["1", "fsdp 8", "cp 8"]
+    assert {scenario.scaling for scenario in scenarios} == {"simulated"}
+    assert {scenario.tokens // scenario.layout.gpus for scenario in scenarios} == {1024}
 
 
 def command(out: Path, *options: str) -> list[str]:
@@ -225,11 +225,11 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
 ) -> None:
     timed: list[str] = []
 
-    def run_nothing(orders: list[Order], timeout: float, log: Path) -> Iterator[list[dict[str, Any]]]:
-        for order in orders:
-            layout = order.job.layout
+    def run_nothing(tasks: list[Task], timeout: float, log: Path) -> Iterator[list[dict[str, Any]]]:
+        for task in tasks:
+            layout = task.job.layout
             name = name_of(layout)
-            if dict(order.job.options) != SMALL:
+            if dict(task.job.options) != SMALL:
                 timed.append(name)
                 yield [{"seconds": 1.0, "tokens_per_s": 1.0, "losses_and_norms": [[2.0, 1.0]]}] * layout.gpus
                 continue
@@ -237,7 +237,7 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
             extra = ["pp send: 3 messages, 8 bytes, but by the formulas 2, 8"] if "pp" in name else []
             yield [found, *[found | {"differences": extra}] * (layout.gpus - 1)]
 
-    monkeypatch.setattr("megalodon_plugin.bench.parallel.run.run_orders", run_nothing)
+    monkeypatch.setattr("megalodon_plugin.bench.parallel.run.run_tasks", run_nothing)
     layouts = ["--sizes", "1.3B", "--layouts", "cp 2", "tp 2", "pp 2", "--scaling", "weak"]
     with pytest.raises(SystemExit) as ended:
         main(command(tmp_path, "--gpus", "2", *layouts))
@@ -273,11 +273,11 @@ def test_pictures_show_rows_that_ran_and_lines_say_what_checks_found(tmp_path: P
     failed = row("tp 2", 0.0)
     del failed["tokens_per_s"]
     rows.append(failed | {"failed": "out of memory"})
-    compare(rows)
+    add_ratios(rows)
     results = {"rows": rows, "device": "GPU", "torch": "2", "dtype": "bfloat16"}
     draw(results, tmp_path / "bars.png")
     rows += [row("cp 4", 340.0), row("cp 4", 270.0, "strong")]
-    compare(rows)
+    add_ratios(rows)
     draw(results, tmp_path / "lines.png")
     assert min((tmp_path / name).stat().st_size for name in ("bars.png", "lines.png")) > 1000
     line = check_line(

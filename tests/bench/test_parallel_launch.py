@@ -1,4 +1,4 @@
-"""Ranks of `megalodon bench parallel`: processes that carry out orders, and a rank alone."""
+"""Ranks of `megalodon bench parallel`: processes that run tasks, and a rank alone."""
 
 import json
 import subprocess
@@ -10,38 +10,38 @@ from typing import Any
 import psutil
 import pytest
 
-from megalodon_plugin.bench.parallel.launch import command_of_a_rank, run_orders, started, wait_for
-from megalodon_plugin.bench.parallel.rank import Order
+from megalodon_plugin.bench.parallel.launch import command_of_a_rank, run_tasks, started, wait_for
+from megalodon_plugin.bench.parallel.rank import Task
 from megalodon_plugin.bench.parallel.rows import merged
 from megalodon_plugin.bench.parallel.run import SMALL
-from megalodon_plugin.bench.parallel.scenarios import Case, parse_layout
+from megalodon_plugin.bench.parallel.scenarios import Scenario, parse_layout
 from megalodon_plugin.bench.parallel.simulate import simulated_row
-from megalodon_plugin.bench.train.job import LEAST_STEPS, Job
+from megalodon_plugin.bench.train.job import LEAST_STEPS, TrainingJob
 from megalodon_plugin.planning.traffic import Links
 
 from support.tiny_job import environment
 
 
-def small_job(name: str, rows: int = 8, **more: Any) -> Job:
+def small_job(name: str, rows: int = 8, **more: Any) -> TrainingJob:
     layout = parse_layout(name)
     how: dict[str, Any] = {"compiled": False, "low_precision": False, "layout": layout, "rows": rows}
-    return Job("megalodon", tuple(SMALL.items()), rows // layout.data, 128, **how | more)
+    return TrainingJob("megalodon", tuple(SMALL.items()), rows // layout.data, 128, **how | more)
 
 
-def test_orders_survive_their_file() -> None:
-    order = Order(small_job("fsdp 2 x cp 4"), 3, count=True)
-    assert Order.from_dict(json.loads(json.dumps(order.as_dict()))) == order
+def test_tasks_survive_their_file() -> None:
+    task = Task(small_job("fsdp 2 x cp 4"), 3, count=True)
+    assert Task.from_dict(json.loads(json.dumps(task.as_dict()))) == task
 
 
 def test_one_rank_alone_is_measured_and_its_links_simulated(tmp_path: Path) -> None:
-    job = small_job("fsdp 4 x cp 2", rows=4, alone=True)
-    command = [sys.executable, *command_of_a_rank([Order(job, 4)], tmp_path)]
+    job = small_job("fsdp 4 x cp 2", rows=4, fake_ranks=True)
+    command = [sys.executable, *command_of_a_rank([Task(job, 4)], tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     measured = json.loads((tmp_path / "0.0.json").read_text())
     assert measured["tokens_per_s"] * measured["seconds"] == pytest.approx(4 * 128)  # of all eight ranks
-    case = Case("simulated", "debug", "megalodon", job.layout, 4, 128, 1)
-    found = simulated_row(case, job, measured, Links())
+    scenario = Scenario("simulated", "debug", "megalodon", job.layout, 4, 128, 1)
+    found = simulated_row(scenario, job, measured, Links())
     assert found["simulated"]
     assert found["seconds"] == pytest.approx(measured["seconds"] + sum(found["exposed"].values()))
     # 2 x 8 norms and 8 CEMAs forward and backward, and the final norm: two microseconds-long messages of 1 doubling.
@@ -49,13 +49,13 @@ def test_one_rank_alone_is_measured_and_its_links_simulated(tmp_path: Path) -> N
     assert 0 < found["exposed"]["fsdp"] < found["exchanged"]["fsdp"]
 
 
-def test_orders_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path: Path) -> None:
+def test_tasks_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path: Path) -> None:
     wrong = small_job("cp 2", rows=2)
     wrong = replace(wrong, length=120)  # not whole chunks for two ranks
-    good = Order(small_job("cp 2", rows=2), 4)
+    good = Task(small_job("cp 2", rows=2), 4)
     slow = replace(good, longest_step=1e-6)
-    short = replace(good, steps=50, enough=1e-6)
-    one, failed, too_slow, last = run_orders([good, Order(wrong, 4), slow, short], 120, tmp_path / "log")
+    short = replace(good, steps=50, most_seconds=1e-6)
+    one, failed, too_slow, last = run_tasks([good, Task(wrong, 4), slow, short], 120, tmp_path / "log")
     assert [len(ranks) for ranks in (one, failed, too_slow, last)] == [2] * 4
     assert all("must be a multiple of" in rank["failed"] for rank in failed)
     assert merged(too_slow) == {"failed": "a step takes more than 1e-06 s"}
@@ -94,15 +94,15 @@ def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(
 def test_after_a_simulated_rank_that_fails_the_next_one_begins_anew(tmp_path: Path) -> None:
     code = """
 import dataclasses, json, sys
-from megalodon_plugin.bench.parallel.rank import Order, run_order
-first = Order.from_dict(json.loads(sys.argv[1]))
-print(run_order(dataclasses.replace(first, longest_step=1e-6))["failed"])
+from megalodon_plugin.bench.parallel.rank import Task, run_task
+first = Task.from_dict(json.loads(sys.argv[1]))
+print(run_task(dataclasses.replace(first, longest_step=1e-6))["failed"])
 other = dataclasses.replace(first.job, layout=dataclasses.replace(first.job.layout, cp=4))
-print(run_order(dataclasses.replace(first, job=other))["tokens_per_s"] > 0)
+print(run_task(dataclasses.replace(first, job=other))["tokens_per_s"] > 0)
 """
-    order = json.dumps(Order(small_job("cp 2", rows=2, alone=True), 4).as_dict())
+    task = json.dumps(Task(small_job("cp 2", rows=2, fake_ranks=True), 4).as_dict())
     done = subprocess.run(
-        [sys.executable, "-c", code, order], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code, task], env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-2:] == ["a step takes more than 1e-06 s", "True"]

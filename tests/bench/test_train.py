@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megalodon_plugin.bench.train.job import Job
+from megalodon_plugin.bench.train.job import TrainingJob
 from megalodon_plugin.bench.train.report import ratio, table
 from megalodon_plugin.cli.main import main
 
@@ -60,7 +60,7 @@ def test_a_row_that_failed_is_told_and_has_no_ratio() -> None:
 
 
 def test_a_job_is_the_hosts_command_line() -> None:
-    arguments = Job("megalodon", (("flavor", "debug"), ("n_layers", 2)), 3, 64).arguments(5, "folder")
+    arguments = TrainingJob("megalodon", (("flavor", "debug"), ("n_layers", 2)), 3, 64).arguments(5, "folder")
     pairs = dict(zip(arguments[1::2], arguments[2::2], strict=True))
     assert pairs["--megalodon.n_layers"] == "2"
     assert pairs["--model.flavor"] == "debug"

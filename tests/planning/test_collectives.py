@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from megalodon_plugin.bench.parallel.launch import command_of_a_rank
-from megalodon_plugin.bench.parallel.rank import Order
+from megalodon_plugin.bench.parallel.rank import Task
 from megalodon_plugin.bench.parallel.run import SMALL
 from megalodon_plugin.bench.parallel.scenarios import parse_layout
-from megalodon_plugin.bench.train.job import Job
+from megalodon_plugin.bench.train.job import TrainingJob
 
 from support.tiny_job import environment
 
@@ -28,7 +28,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_step_exchanges_what_the_formulas_say(name: str, tmp_path: Path) -> None:
     layout = parse_layout(name)
-    job = Job(
+    job = TrainingJob(
         "megalodon",
         tuple(SMALL.items()),
         batch=2,
@@ -36,9 +36,9 @@ def test_a_step_exchanges_what_the_formulas_say(name: str, tmp_path: Path) -> No
         compiled=False,
         low_precision=False,
         layout=layout,
-        alone=True,
+        fake_ranks=True,
     )
-    command = [sys.executable, *command_of_a_rank([Order(job, steps=4, count=True)], tmp_path)]
+    command = [sys.executable, *command_of_a_rank([Task(job, steps=4, count=True)], tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "0.0.json").read_text())

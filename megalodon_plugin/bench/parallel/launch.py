@@ -1,4 +1,4 @@
-"""Starts the ranks of `megalodon bench parallel`: processes that carry out orders one after the other."""
+"""Starts the ranks of `megalodon bench parallel`: processes that run tasks one after the other."""
 
 import json
 import os
@@ -12,35 +12,35 @@ from pathlib import Path
 import psutil
 import torch
 
-from .rank import Order
+from .rank import Task
 from .rows import Row
 
 ALLOCATOR = "expandable_segments:True"
 """As the host's start script sets it."""
 
 
-def run_orders(orders: Sequence[Order], timeout: float, log: Path) -> Generator[list[Row], None, None]:
-    """What each rank found of each order, in turn; {"failed": why} where it found nothing.
+def run_tasks(tasks: Sequence[Task], timeout: float, log: Path) -> Generator[list[Row], None, None]:
+    """What each rank found of each task, in turn; {"failed": why} where it found nothing.
 
-    All orders are for as many ranks. Their processes start once, for starting takes longer than some orders. A rank
-    that fails, or an order that takes more than `timeout` seconds, ends them all, and they start anew for the orders
+    All tasks are for as many ranks. Their processes start once, for starting takes longer than some tasks. A rank
+    that fails, or a task that takes more than `timeout` seconds, ends them all, and they start again for the tasks
     that are left. What they print is added to the file `log`.
     """
     done = 0
-    while done < len(orders):
-        for ranks in _started_once(orders[done:], timeout, log):
+    while done < len(tasks):
+        for ranks in _started_once(tasks[done:], timeout, log):
             yield ranks
             done += 1
 
 
-def _started_once(orders: Sequence[Order], timeout: float, log: Path) -> Iterator[list[Row]]:
-    """The first order's results at least, and those of the others until one fails."""
-    processes = orders[0].job.layout.gpus
+def _started_once(tasks: Sequence[Task], timeout: float, log: Path) -> Iterator[list[Row]]:
+    """The first task's results at least, and those of the others until one fails."""
+    processes = tasks[0].job.layout.gpus
     with tempfile.TemporaryDirectory() as name:
         folder, begin = Path(name), size_of(log)
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        with started([sys.executable, *torchrun, *command_of_a_rank(orders, folder)], folder, log) as process:
-            for number in range(len(orders)):
+        with started([sys.executable, *torchrun, *command_of_a_rank(tasks, folder)], folder, log) as process:
+            for number in range(len(tasks)):
                 paths = [folder / f"{number}.{rank}.json" for rank in range(processes)]
                 reason = wait_for(paths, process, timeout, log, begin)
                 begin = size_of(log)
@@ -50,10 +50,10 @@ def _started_once(orders: Sequence[Order], timeout: float, log: Path) -> Iterato
                     return
 
 
-def command_of_a_rank(orders: Sequence[Order], folder: Path) -> list[str]:
-    """Arguments of Python that carry out the orders, which are written into the folder, as the results will be."""
-    path = folder / "orders.json"
-    path.write_text(json.dumps([order.as_dict() for order in orders]))
+def command_of_a_rank(tasks: Sequence[Task], folder: Path) -> list[str]:
+    """Arguments of Python that run the tasks, which are written into the folder, as the results will be."""
+    path = folder / "tasks.json"
+    path.write_text(json.dumps([task.as_dict() for task in tasks]))
     return ["-m", "megalodon_plugin.bench.parallel.rank", str(path), str(folder)]
 
 

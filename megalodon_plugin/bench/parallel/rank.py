@@ -1,8 +1,8 @@
 """One rank of `megalodon bench parallel`: trains one job after the other and writes what it found.
 
-    python -m torch.distributed.run ... -m megalodon_plugin.bench.parallel.rank ORDERS FOLDER
+    python -m torch.distributed.run ... -m megalodon_plugin.bench.parallel.rank TASKS FOLDER
 
-ORDERS is a JSON file, a list of `Order`s. Of the N-th, from 0, rank R writes FOLDER/N.R.json.
+TASKS is a JSON file, a list of `Task`s. Of the N-th, from 0, rank R writes FOLDER/N.R.json.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ from megalodon_plugin.files import write_text
 from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.planning.traffic import Exchange
 
-from ..train.job import Job, TimedTrainer, free_port, run_job
+from ..train.job import TimedTrainer, TrainingJob, free_port, run_job
 from .exchanges import ExchangeCounter, differences, exchanges_by_formula, summed
 from .trace import trace_step
 
 
 @dataclass(frozen=True)
-class Order:
+class Task:
     """A job and what to look at beside its time."""
 
-    job: Job
+    job: TrainingJob
     steps: int
     count: bool = False
     """Messages and bytes of one more step, which must not be compiled."""
     trace: bool = False
     """The share of communication in one more step."""
-    enough: float = sys.float_info.max  # infinity is no number of JSON
+    most_seconds: float = sys.float_info.max  # infinity is no number of JSON
     """Seconds of counted steps after which no more are made."""
     longest_step: float = sys.float_info.max
     """Seconds; a job whose steps take longer is given up."""
@@ -45,30 +45,30 @@ class Order:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> "Order":
+    def from_dict(cls, found: dict[str, Any]) -> "Task":
         job = dict(found["job"])
         job["options"] = tuple((name, value) for name, value in job["options"])
         job["layout"] = Layout(**job["layout"])
-        return cls(**(found | {"job": Job(**job)}))
+        return cls(**(found | {"job": TrainingJob(**job)}))
 
 
-def run_order(order: Order) -> dict[str, Any]:
+def run_task(task: Task) -> dict[str, Any]:
     """What `run_job` returns, and "losses_and_norms", "exchanges", "differences" or "communication" as ordered."""
 
     def look(trainer: TimedTrainer) -> dict[str, Any]:
         found: dict[str, Any] = {"losses_and_norms": trainer.losses_and_norms}
-        if order.count:
-            found |= _count(trainer, _by_formula(trainer, order.job.layout))
-        if order.trace:
-            known = _by_formula(trainer, order.job.layout) if order.job.model == "megalodon" else []
+        if task.count:
+            found |= _count(trainer, _by_formula(trainer, task.job.layout))
+        if task.trace:
+            known = _by_formula(trainer, task.job.layout) if task.job.model == "megalodon" else []
             found["communication"] = trace_step(trainer, known)
         return found
 
     logging.getLogger().setLevel(logging.WARNING)
-    if order.job.alone:
-        ranks = str(order.job.layout.gpus)
+    if task.job.fake_ranks:
+        ranks = str(task.job.layout.gpus)
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks, "NGPU": ranks}
-    row = run_job(order.job, order.steps, look, order.enough, order.longest_step)
+    row = run_job(task.job, task.steps, look, task.most_seconds, task.longest_step)
     return row | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
@@ -86,18 +86,18 @@ def _count(trainer: TimedTrainer, known: list[Exchange]) -> dict[str, Any]:
 
 
 def main() -> None:
-    orders = [Order.from_dict(found) for found in json.loads(Path(sys.argv[1]).read_text())]
+    tasks = [Task.from_dict(found) for found in json.loads(Path(sys.argv[1]).read_text())]
     folder, rank = Path(sys.argv[2]), os.environ["RANK"]
-    # The store that torchrun offers still holds the addresses that an earlier order's ranks left there.
+    # The store that torchrun offers still holds the addresses that an earlier task's ranks left there.
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_ADDR": "127.0.0.1"}
-    for number, order in enumerate(orders):
+    for number, task in enumerate(tasks):
         port = folder / f"{number}.port"
         if rank == "0":
             write_text(str(free_port()), port)
         while not port.is_file():
             time.sleep(0.01)
         os.environ["MASTER_PORT"] = port.read_text()
-        row = run_order(order)
+        row = run_task(task)
         write_text(json.dumps(row), folder / f"{number}.{rank}.json")
         if "failed" in row:
             # The other ranks wait for this one, as long as a collective may take, unless it is seen to fail.

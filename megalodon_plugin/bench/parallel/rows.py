@@ -76,15 +76,15 @@ def deviation(found: Sequence[Sequence[float]], expected: Sequence[Sequence[floa
     return max(abs(a - b) / abs(b) for a, b in pairs) if found_all else None
 
 
-def held_against(ranks: list[Row], alone: list[list[float]], tolerance: float) -> Row:
-    """A check's row: how far losses and gradient norms are from `alone`'s, and exchanges, if counted, from formulas."""
-    far = deviation(logged(ranks), alone)
+def check_against_single(ranks: list[Row], single: list[list[float]], tolerance: float) -> Row:
+    """A check's row: how far losses and gradient norms are from `single`'s, and counted exchanges from formulas."""
+    far = deviation(logged(ranks), single)
     row: Row = {"deviation": far}
     if all("exchanges" in rank for rank in ranks):
         row["differences"] = [f"rank {n}: {text}" for n, rank in enumerate(ranks) for text in rank["differences"]]
         row["exchanges"] = {str(n): rank["exchanges"] for n, rank in enumerate(ranks)}
     if far is None:
-        row["failed"] = f"losses and gradient norms must be those of {len(alone)} steps, but are {logged(ranks)}"
+        row["failed"] = f"losses and gradient norms must be those of {len(single)} steps, but are {logged(ranks)}"
     elif far > tolerance:
         row["failed"] = f"losses or gradient norms are off by {far:.1e}"
     elif row.get("differences"):
@@ -92,7 +92,7 @@ def held_against(ranks: list[Row], alone: list[list[float]], tolerance: float) -
     return row
 
 
-def compare(rows: Iterable[Row]) -> None:
+def add_ratios(rows: Iterable[Row]) -> None:
     """Put into each measured row what it comes to beside others of the same model and work.
 
     "efficiency": tokens a second and GPU over those of one GPU, or the fewest that could do it ("base_gpus"), with as
@@ -102,7 +102,7 @@ def compare(rows: Iterable[Row]) -> None:
     """
     measured = [row for row in rows if "tokens_per_s" in row]
     for row in measured:
-        alike = [other for other in measured if work(other) == work(row)]
+        alike = [other for other in measured if comparison_key(other) == comparison_key(row)]
         base = min(alike, key=lambda other: (other["gpus"], -_of_gpu(other)))
         row["efficiency"], row["base_gpus"] = _of_gpu(row) / _of_gpu(base), base["gpus"]
         fsdp = [other for other in alike if other["layout"] == f"fsdp {row['gpus']}"]
@@ -116,7 +116,7 @@ def _of_gpu(row: Row) -> float:
     return row["tokens_per_s"] / row["gpus"]
 
 
-def work(row: Row) -> tuple[Any, ...]:
+def comparison_key(row: Row) -> tuple[Any, ...]:
     """What rows must have in common to be compared, in the order of tables."""
     amount = (row["length"], row["rows"]) if row["scaling"] == "strong" else (row["tokens_per_gpu"],)
     return (row["scaling"], row["size"], row["model"], *amount)

@@ -29,12 +29,22 @@ from megalodon_plugin.planning.traffic import Links
 
 from ..environment import environment
 from ..sizes import SIZES
-from ..train.job import Job, check_steps
-from .launch import ALLOCATOR, run_orders
-from .rank import Order, run_order
+from ..train.job import TrainingJob, check_steps
+from .launch import ALLOCATOR, run_tasks
+from .rank import Task, run_task
 from .report import check_line, draw, table
-from .rows import Row, compare, held_against, logged, merged, reason_of, work
-from .scenarios import ONE, Case, default_layouts, name_of, parse_layout, reason_against, simulated_cases, strong, weak
+from .rows import Row, add_ratios, check_against_single, comparison_key, logged, merged, reason_of
+from .scenarios import (
+    ONE,
+    Scenario,
+    default_layouts,
+    name_of,
+    parse_layout,
+    reason_against,
+    simulated_scenarios,
+    strong,
+    weak,
+)
 from .simulate import simulated_row
 
 SMALL = {
@@ -129,27 +139,27 @@ class ParallelBench:
 
     def write(self) -> None:
         """Efficiencies of the rows so far, and all of it into parallel.json."""
-        self.results["rows"].sort(key=work)
-        compare(self.results["rows"])
+        self.results["rows"].sort(key=comparison_key)
+        add_ratios(self.results["rows"])
         write_json(self.results, self.known.out / "parallel.json", allow_nan=False)
 
     def check(self, layouts: Sequence[Layout]) -> set[str]:
         """Names of the layouts that failed."""
-        alone: dict[bool, list[list[float]]] = {}
+        single: dict[bool, list[list[float]]] = {}
         failed = set()
         for gpus in sorted({layout.gpus for layout in layouts}):
-            cases = [(layout, low) for layout in layouts if layout.gpus == gpus for low in (False, True)]
+            scenarios = [(layout, low) for layout in layouts if layout.gpus == gpus for low in (False, True)]
             # Exchanges of bfloat16 are the same in half the bytes.
-            orders = [Order(_small_job(layout, low), steps=4, count=not low) for layout, low in cases]
-            for (layout, low), ranks in self._run(cases, orders):
+            tasks = [Task(_small_job(layout, low), steps=4, count=not low) for layout, low in scenarios]
+            for (layout, low), ranks in self._run(scenarios, tasks):
                 row: Row = {"layout": name_of(layout), "gpus": gpus, "dtype": "bfloat16" if low else "float32"}
                 reason = reason_of(ranks)
                 if reason is None and layout == ONE:
-                    alone[low] = logged(ranks)
-                if reason is not None or low not in alone:
+                    single[low] = logged(ranks)
+                if reason is not None or low not in single:
                     row["failed"] = reason or "one process failed"
                 else:
-                    row |= held_against(ranks, alone[low], TOLERANCES[low])
+                    row |= check_against_single(ranks, single[low], TOLERANCES[low])
                 if "failed" in row:
                     failed.add(row["layout"])
                 self.results["checks"].append(row)
@@ -157,30 +167,30 @@ class ParallelBench:
                 self.write()
         return failed
 
-    def _run(self, cases: list[Any], orders: list[Order]) -> Iterator[tuple[Any, list[Row]]]:
-        """Each case with what the ranks found of its order."""
-        with closing(run_orders(orders, self.known.timeout, self.log)) as results:
-            yield from zip(cases, results, strict=True)
+    def _run(self, scenarios: list[Any], tasks: list[Task]) -> Iterator[tuple[Any, list[Row]]]:
+        """Each scenario with what the ranks found of its task."""
+        with closing(run_tasks(tasks, self.known.timeout, self.log)) as results:
+            yield from zip(scenarios, results, strict=True)
 
     def time(self, layouts: Sequence[Layout]) -> None:
         """Weak scaling for each number of tokens a GPU, strong scaling for each length."""
-        groups: dict[tuple[Any, ...], list[Case]] = {}
+        groups: dict[tuple[Any, ...], list[Scenario]] = {}
         for model in ("megalodon", "llama") if self.known.against else ("megalodon",):
             for layout in layouts:
                 # What the host does to attention for context parallelism stays in a process.
                 group = groups.setdefault((model, layout.gpus, layout.cp > 1), [])
-                for case in self._cases(model, layout):
-                    reason = reason_against(case, mixed_precision=self.on_gpu) or _reason_of_model(case)
+                for scenario in self._scenarios(model, layout):
+                    reason = reason_against(scenario, mixed_precision=self.on_gpu) or _reason_of_model(scenario)
                     if reason is None:
-                        group.append(case)
+                        group.append(scenario)
                     else:
-                        self._add(case, {"failed": reason})
+                        self._add(scenario, {"failed": reason})
         for group in groups.values():
-            for case, ranks in self._run(group, [self._order(case) for case in group]):
+            for scenario, ranks in self._run(group, [self._task(scenario) for scenario in group]):
                 self._know_device(ranks[0])
-                self._add(case, merged(ranks))
+                self._add(scenario, merged(ranks))
 
-    def _cases(self, model: str, layout: Layout) -> Iterator[Case]:
+    def _scenarios(self, model: str, layout: Layout) -> Iterator[Scenario]:
         known = self.known
         for size in known.sizes:
             if "weak" in known.scaling:
@@ -190,10 +200,12 @@ class ParallelBench:
                 for length in known.lengths:
                     yield strong(size, model, layout, length, known.tokens_per_step, max(known.tokens_per_gpu))
 
-    def _order(self, case: Case) -> Order:
+    def _task(self, scenario: Scenario) -> Task:
         known = self.known
-        trace = self.on_gpu and case.layout.gpus > 1
-        return Order(self._job(case), known.steps, trace=trace, enough=known.seconds, longest_step=known.longest_step)
+        trace = self.on_gpu and scenario.layout.gpus > 1
+        return Task(
+            self._job(scenario), known.steps, trace=trace, most_seconds=known.seconds, longest_step=known.longest_step
+        )
 
     def simulate(self) -> None:
         """This process computes rank 0's part of large layouts, one after the other."""
@@ -201,38 +213,38 @@ class ParallelBench:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
         links = Links(8, known.node_gb_s, known.network_gb_s, known.latency_us)
         for tokens in known.tokens_per_gpu:
-            for case in simulated_cases(known.sizes, known.simulate, tokens):
-                job = replace(self._job(case), alone=True, same_weights=False)
-                measured = run_order(Order(job, known.steps, enough=known.seconds))
+            for scenario in simulated_scenarios(known.sizes, known.simulate, tokens):
+                job = replace(self._job(scenario), fake_ranks=True, same_weights=False)
+                measured = run_task(Task(job, known.steps, most_seconds=known.seconds))
                 self._know_device(measured)
                 if "seconds" in measured:
-                    measured = simulated_row(case, job, measured, links)
-                self._add(case, measured)
+                    measured = simulated_row(scenario, job, measured, links)
+                self._add(scenario, measured)
 
-    def _job(self, case: Case) -> Job:
-        return Job(
-            case.model,
-            tuple(SIZES[case.size].options(case.model).items()),
-            case.local_rows,
-            case.length,
+    def _job(self, scenario: Scenario) -> TrainingJob:
+        return TrainingJob(
+            scenario.model,
+            tuple(SIZES[scenario.size].options(scenario.model).items()),
+            scenario.local_rows,
+            scenario.length,
             self.known.checkpointing,
             compiled=not self.known.eager,
             low_precision=self.on_gpu,
-            layout=case.layout,
-            rows=case.rows,
+            layout=scenario.layout,
+            rows=scenario.rows,
             same_weights=True,
         )
 
-    def _add(self, case: Case, measured: Row) -> None:
+    def _add(self, scenario: Scenario, measured: Row) -> None:
         row = {
-            "scaling": case.scaling,
-            "size": case.size,
-            "model": case.model,
-            "layout": name_of(case.layout),
-            "gpus": case.layout.gpus,
-            "rows": case.rows,
-            "length": case.length,
-            "tokens_per_gpu": case.tokens // case.layout.gpus,
+            "scaling": scenario.scaling,
+            "size": scenario.size,
+            "model": scenario.model,
+            "layout": name_of(scenario.layout),
+            "gpus": scenario.layout.gpus,
+            "rows": scenario.rows,
+            "length": scenario.length,
+            "tokens_per_gpu": scenario.tokens // scenario.layout.gpus,
         }
         row |= measured
         self.results["rows"].append(row)
@@ -243,26 +255,26 @@ class ParallelBench:
         self.results["device"] = row.pop("device", self.results["device"])
 
 
-def _reason_of_model(case: Case) -> str | None:
+def _reason_of_model(scenario: Scenario) -> str | None:
     """Why the model's sizes do not allow the layout; None if they do."""
-    layout, size = case.layout, SIZES[case.size]
+    layout, size = scenario.layout, SIZES[scenario.size]
     options = size.options("megalodon")
     cfg = replace(PRESETS[options.pop("flavor")], **options)
-    n_layers = cfg.n_layers if case.model == "megalodon" else size.llama.n_layers
+    n_layers = cfg.n_layers if scenario.model == "megalodon" else size.llama.n_layers
     if layout.pp > n_layers:
         return f"{n_layers} layers are fewer than the {layout.pp} stages of {name_of(layout)}"
-    if case.model == "llama":
+    if scenario.model == "llama":
         return None
     try:
         check_tensor_parallel(cfg, layout.tp)
-        check_chunk_parallel(case.length, cfg.chunk_size, layout.cp, ("row", "chunk_size", "cp"))
+        check_chunk_parallel(scenario.length, cfg.chunk_size, layout.cp, ("row", "chunk_size", "cp"))
     except ValueError as error:
         return str(error)
     return None
 
 
-def _small_job(layout: Layout, low_precision: bool) -> Job:
-    return Job(
+def _small_job(layout: Layout, low_precision: bool) -> TrainingJob:
+    return TrainingJob(
         "megalodon",
         tuple(SMALL.items()),
         batch=SMALL_ROWS // layout.data,

@@ -34,7 +34,7 @@ SIMULATED = {
 
 
 @dataclass(frozen=True)
-class Case:
+class Scenario:
     """A step of training: `rows` rows of `length` tokens, over all ranks of `layout`."""
 
     scaling: str
@@ -87,13 +87,13 @@ def default_layouts(gpus: int) -> list[Layout]:
     return [parse_layout(name) for name in names]
 
 
-def weak(size: str, model: str, layout: Layout, tokens_per_gpu: int) -> Case:
+def weak(size: str, model: str, layout: Layout, tokens_per_gpu: int) -> Scenario:
     """As many rows as GPUs that do not share one; chunk parallel ranks share a longer one."""
     rows = layout.gpus // layout.cp
-    return Case("weak", size, model, layout, rows, tokens_per_gpu * layout.cp, rows // layout.data)
+    return Scenario("weak", size, model, layout, rows, tokens_per_gpu * layout.cp, rows // layout.data)
 
 
-def strong(size: str, model: str, layout: Layout, length: int, tokens_per_step: int, tokens_per_gpu: int) -> Case:
+def strong(size: str, model: str, layout: Layout, length: int, tokens_per_step: int, tokens_per_gpu: int) -> Scenario:
     """A step of `tokens_per_step`, or of one row if that is longer, on any number of GPUs.
 
     Gradients are accumulated so that a rank's forward pass has about `tokens_per_gpu`.
@@ -103,22 +103,22 @@ def strong(size: str, model: str, layout: Layout, length: int, tokens_per_step: 
     if layout.pp == 1:
         fitting = max(1, tokens_per_gpu * layout.cp * layout.tp // length)
         local = max(n for n in range(1, local + 1) if local % n == 0 and n <= fitting)
-    return Case("strong", size, model, layout, rows, length, local)
+    return Scenario("strong", size, model, layout, rows, length, local)
 
 
-def reason_against(case: Case, mixed_precision: bool) -> str | None:
-    """Why the case is not timed: rows do not go round, or the host runs the layout in float32. None if it is."""
-    layout, name = case.layout, name_of(case.layout)
-    if mixed_precision and case.model == "llama" and layout.gpus > 1 and not layout.has_fsdp:
+def reason_against(scenario: Scenario, mixed_precision: bool) -> str | None:
+    """Why the scenario is not timed: rows do not go round, or the host runs the layout in float32. None if it is."""
+    layout, name = scenario.layout, name_of(scenario.layout)
+    if mixed_precision and scenario.model == "llama" and layout.gpus > 1 and not layout.has_fsdp:
         return f"the host runs Llama under {name} in float32, without FSDP"
-    if case.rows % (layout.data * case.local_rows):
-        return f"{case.rows} rows do not go round {layout.data} data parallel ranks of {name}"
-    if layout.pp > 1 and case.local_rows < layout.pp:
-        return f"{case.local_rows} rows are fewer than the {layout.pp} stages of {name}"
+    if scenario.rows % (layout.data * scenario.local_rows):
+        return f"{scenario.rows} rows do not go round {layout.data} data parallel ranks of {name}"
+    if layout.pp > 1 and scenario.local_rows < layout.pp:
+        return f"{scenario.local_rows} rows are fewer than the {layout.pp} stages of {name}"
     return None
 
 
-def simulated_cases(sizes: Sequence[str], gpus: Iterable[int], tokens_per_gpu: int) -> list[Case]:
+def simulated_scenarios(sizes: Sequence[str], gpus: Iterable[int], tokens_per_gpu: int) -> list[Scenario]:
     """One rank's part of large layouts, and of one GPU, which they are held to."""
     layouts = [ONE, *(parse_layout(name) for number in gpus for name in SIMULATED[number])]
     return [

@@ -7,24 +7,24 @@ from megalodon_plugin.planning.step_time import simulate_step
 from megalodon_plugin.planning.traffic import Links, exchanges_of_step
 from megalodon_plugin.titan.entry import read_job
 
-from ..train.job import Job
+from ..train.job import TrainingJob
 from .rows import Row
-from .scenarios import Case
+from .scenarios import Scenario
 
 FORWARD_SHARE = {"none": 1 / 3, "selective": 1 / 3, "full": 1 / 4}
 """Of a step's work by the count of matrix products: a forward pass, two for the gradients, one again under "full"."""
 
 
-def simulated_row(case: Case, job: Job, measured: Row, links: Links) -> Row:
+def simulated_row(scenario: Scenario, job: TrainingJob, measured: Row, links: Links) -> Row:
     """`measured`, one rank's row without exchanges, with the time of a whole step in place of its own.
 
     "work_seconds" is what was measured; "exposed" and "exchanged" are seconds by dimension.
     """
     options: Any = read_job(job.arguments(1, "unused"))
     plan = job_of(options)
-    work, _ = work_of(plan, case.layout)
-    (stage,) = stages_of(plan, case.layout.pp)
-    exchanges = exchanges_of_step(plan.args.config, plan.parameters, work, case.layout, stage, reshard=True)
+    work, _ = work_of(plan, scenario.layout)
+    (stage,) = stages_of(plan, scenario.layout.pp)
+    exchanges = exchanges_of_step(plan.args.config, plan.parameters, work, scenario.layout, stage, reshard=True)
     step = simulate_step(measured["seconds"], FORWARD_SHARE[job.checkpointing], exchanges, links)
     slower = measured["seconds"] / step.seconds
     row = {name: value for name, value in measured.items() if name != "losses_and_norms"}
@@ -34,7 +34,7 @@ def simulated_row(case: Case, job: Job, measured: Row, links: Links) -> Row:
             "simulated": True,
             "work_seconds": measured["seconds"],
             "seconds": step.seconds,
-            "tokens_per_s": case.tokens / step.seconds,
+            "tokens_per_s": scenario.tokens / step.seconds,
             "exposed": step.exposed,
             "exchanged": step.exchanged,
             "communication": {"exposed": 1 - slower},

@@ -71,7 +71,7 @@ class RandomTokens(BaseDataLoader):
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What is trained: `model` "megalodon" with options of `[megalodon]`, or "llama" with sizes of the host's."""
 
     model: str
@@ -87,7 +87,7 @@ class Job:
     """Of a step, over all ranks; by default one pass of each rank."""
     same_weights: bool = False
     """The same on any layout; otherwise as the host initialises them, whose random numbers depend on the layout."""
-    alone: bool = False
+    fake_ranks: bool = False
     """This process is rank 0, and the host's "fake_backend" stands for the others. It copies this rank's part into all
     places of what is gathered, so shapes, sizes and the range of the numbers are those of a real step."""
 
@@ -120,7 +120,7 @@ class Job:
             "lr_scheduler.total_steps": 10**4,
             "metrics.log_freq": 10**6,
             "debug.seed": 0,
-            "comm.mode": "fake_backend" if self.alone else "default",
+            "comm.mode": "fake_backend" if self.fake_ranks else "default",
         }
         found |= {f"parallelism.{name}": degree for name, degree in degrees_of(self.layout).items()}
         if self.model == "megalodon":
@@ -149,7 +149,7 @@ class TimedTrainer(MegalodonTrainer):
     """Takes the time of each step after the first UNCOUNTED ones, on the GPU's own clock. As in a run, nothing waits at
     a step's end but what the host itself makes wait. Memory is counted from the last uncounted step on.
 
-    Makes fewer steps where `enough` seconds are over sooner.
+    Makes fewer steps where `most_seconds` are over sooner.
 
     Raises:
         TooSlow: a step takes more than `longest_step` seconds.
@@ -159,19 +159,19 @@ class TimedTrainer(MegalodonTrainer):
         self,
         job_config: Any,
         same_weights: bool = False,
-        alone: bool = False,
-        enough: float = math.inf,
+        fake_ranks: bool = False,
+        most_seconds: float = math.inf,
         longest_step: float = math.inf,
     ):
         super().__init__(job_config)
-        self.enough, self.longest_step = enough, longest_step
+        self.most_seconds, self.longest_step = most_seconds, longest_step
         self._ends: list[Any] = []
         """Of the last uncounted step and of each after it."""
         self.losses_and_norms: list[tuple[float, float]] = []
         """Of the logged steps, over all ranks."""
         if same_weights:
             self._take_same_weights()
-        if alone:
+        if fake_ranks:
             self.optimizers.register_step_pre_hook(self._clear_gradients)
         metrics = self.metrics_processor
         metrics.should_log = lambda step: step < UNCOUNTED
@@ -222,7 +222,7 @@ class TimedTrainer(MegalodonTrainer):
         if slowest > self.longest_step:
             raise TooSlow(f"a step takes more than {self.longest_step:g} s")
         if self.step == UNCOUNTED:
-            counted = max(LEAST_STEPS, self.enough / float(slowest))
+            counted = max(LEAST_STEPS, self.most_seconds / float(slowest))
             self.job_config.training.steps = int(min(self.job_config.training.steps, UNCOUNTED + counted))
 
     def seconds(self) -> list[float]:
@@ -246,13 +246,13 @@ class TimedTrainer(MegalodonTrainer):
 
 
 def run_job(
-    job: Job,
+    job: TrainingJob,
     steps: int,
     after: Callable[[TimedTrainer], dict[str, Any]] | None = None,
-    enough: float = math.inf,
+    most_seconds: float = math.inf,
     longest_step: float = math.inf,
 ) -> dict[str, Any]:
-    """Train at most `steps` steps, of which the first UNCOUNTED are not; fewer where these would take `enough` seconds.
+    """Train at most `steps` steps, of which the first UNCOUNTED are not; fewer where these would take `most_seconds`.
 
     `after` may look at the trainer and add to the row.
 
@@ -268,7 +268,7 @@ def run_job(
     try:
         with tempfile.TemporaryDirectory() as folder, _spec_of(job):
             trainer = TimedTrainer(
-                read_job(job.arguments(steps, folder)), job.same_weights, job.alone, enough, longest_step
+                read_job(job.arguments(steps, folder)), job.same_weights, job.fake_ranks, most_seconds, longest_step
             )
             trainer.train()
             row |= _numbers(trainer, job)
@@ -288,12 +288,12 @@ def run_job(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         # Other ranks may be waiting in a collective that this one will not join, and then so would it here.
-        nobody_waits = job.alone or job.layout.gpus == 1 or not failed
+        nobody_waits = job.fake_ranks or job.layout.gpus == 1 or not failed
         if torch.distributed.is_initialized() and nobody_waits:
             torch.distributed.destroy_process_group()
 
 
-def _numbers(trainer: TimedTrainer, job: Job) -> dict[str, Any]:
+def _numbers(trainer: TimedTrainer, job: TrainingJob) -> dict[str, Any]:
     counted = trainer.seconds()
     seconds = statistics.median(counted)
     with torch.device("meta"):  # the rank's own part may be one stage
@@ -316,7 +316,7 @@ def _numbers(trainer: TimedTrainer, job: Job) -> dict[str, Any]:
     return numbers
 
 
-def _flops(args: Any, model: torch.nn.Module, job: Job) -> float:
+def _flops(args: Any, model: torch.nn.Module, job: TrainingJob) -> float:
     """Of a trained token, of the pairs that causal attention looks at and without recomputation."""
     if job.model == "megalodon":
         return args.get_nparams_and_flops(model, job.length)[1]
@@ -338,7 +338,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def _spec_of(job: Job) -> Iterator[None]:
+def _spec_of(job: TrainingJob) -> Iterator[None]:
     """The host's train spec with random tokens and, for its Llama, these sizes."""
     name = SPECS[job.model]
     before = train_spec._extra_train_specs.get(name)

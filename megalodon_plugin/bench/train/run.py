@@ -15,7 +15,7 @@ from megalodon_plugin.files import write_json
 
 from ..environment import device_name, environment
 from ..sizes import SIZES
-from .job import Job, check_steps, free_port, run_job
+from .job import TrainingJob, check_steps, free_port, run_job
 from .profile import print_shares, shares
 from .report import draw, table
 
@@ -69,7 +69,7 @@ def _measure(
         if last["seconds"] * growth > known.longest_step:
             return about | {"failed": f"a step might take more than {known.longest_step} s"}
     checkpointing = known.checkpointing
-    job = Job(model, tuple(options.items()), batch, length, checkpointing, not known.eager, on_gpu)
+    job = TrainingJob(model, tuple(options.items()), batch, length, checkpointing, not known.eager, on_gpu)
     return about | run_job(job, known.steps, _profile if known.profile and on_gpu else None)
 
 
