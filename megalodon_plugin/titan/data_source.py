@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Validation as HostValidation
 from torchtitan.hf_datasets import text_datasets
 from torchtitan.tools.logging import logger
 
@@ -28,17 +30,53 @@ from .tokenizer import load_tokenizer
 
 LOCAL_TEXT = "local_text"
 OWN_DATASETS = (LOCAL_TEXT, PYTHON_STDLIB)
+HOST_VALIDATION = HostValidation.dataset
 
 Divide = Callable[[list[Unit], float, int], tuple[list[Unit], list[Unit]]]
 
 
-def is_own(section: str, dataset: str) -> bool:
-    """Whether the data set is the plugin's; ValueError when it is neither that nor the host's."""
-    name = dataset.lower()
+class TextSource(NamedTuple):
+    """What `dataset` and `dataset_path` of a section come to."""
+
+    dataset: str
+    dataset_path: str | None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the data set is the plugin's and not the host's."""
+        return self.dataset.lower() in OWN_DATASETS
+
+    @property
+    def label(self) -> str:
+        return self.dataset_path or self.dataset
+
+
+def source_of(job_config: JobConfig, section: str) -> TextSource:
+    """The text of "training" | "validation", whose data are training's as far as they are not set.
+
+    Set is what is neither None nor empty. A path alone names `local_text`. Beside the host's data sets, validation's is
+    the host's default.
+
+    Raises:
+        ValueError: the data set is neither the plugin's nor the host's.
+    """
+    training = TextSource(job_config.training.dataset, job_config.training.dataset_path)
+    if section == "training":
+        return _checked(training, section)
+    dataset, path = job_config.validation.dataset, job_config.validation.dataset_path
+    if not training.is_own:
+        return _checked(TextSource(dataset or HOST_VALIDATION, path), section)
+    dataset = dataset or (LOCAL_TEXT if path else training.dataset)
+    if not path and dataset.lower() == training.dataset.lower():
+        path = training.dataset_path
+    return _checked(TextSource(dataset, path), section)
+
+
+def _checked(source: TextSource, section: str) -> TextSource:
     names = (*OWN_DATASETS, *text_datasets.DATASETS)
-    if name not in names:
-        raise ValueError(f'`{section}.dataset` must be one of {", ".join(names)}, but is "{dataset}"')
-    return name in OWN_DATASETS
+    if source.dataset.lower() not in names:
+        raise ValueError(f'`{section}.dataset` must be one of {", ".join(names)}, but is "{source.dataset}"')
+    return source
 
 
 def carries_state(job_config: JobConfig) -> bool:
@@ -77,11 +115,16 @@ def corpus_of(
     if shared:
         divide = split_files if carries_state(job_config) else split_units
         units = _side(units, section, data.validation_fraction, data.seed, divide)
-    path = options.dataset_path or options.dataset
+    source = source_of(job_config, section)
+    if shared and source != (options.dataset, options.dataset_path):
+        logger.info(
+            f'Validation reads the training data, "{source.label}": `data.validation_fraction` = '
+            f"{data.validation_fraction} of them are held out. `validation.dataset_path` would name others"
+        )
     size = sum(unit.n_bytes for unit in units) / 2**20
-    logger.info(f'{section} text: "{path}", {len(files)} files; {size:.1f} MiB in {len(units)} units')
+    logger.info(f'{section} text: "{source.label}", {len(files)} files; {size:.1f} MiB in {len(units)} units')
     reader = TextReader(range_bytes, data.text_field, data.broken_lines)
-    how = (reader, tokenizer, options.seq_len, data.seed, path)
+    how = (reader, tokenizer, options.seq_len, data.seed, source.label)
     return Corpus(units, *how) if n_document_lanes is None else DocumentCorpus(units, *how, n_lanes=n_document_lanes)
 
 
@@ -102,15 +145,15 @@ def check_batch(batch_size: int, seq_len: int) -> None:
 
 
 def _files(section: str, job_config: JobConfig) -> list[TextFile]:
-    options = getattr(job_config, section)
-    if options.dataset.lower() == PYTHON_STDLIB:
+    source = source_of(job_config, section)
+    if source.dataset.lower() == PYTHON_STDLIB:
         return find_python_stdlib()
     key = f"{section}.dataset_path"
-    if not options.dataset_path:
+    if not source.dataset_path:
         raise ValueError(
-            f'`{key}` must name files, folders or globs for "{LOCAL_TEXT}", but is {options.dataset_path!r}'
+            f'`{key}` must name files, folders or globs for "{LOCAL_TEXT}", but is {source.dataset_path!r}'
         )
-    return find_text_files(options.dataset_path, key)
+    return find_text_files(source.dataset_path, key)
 
 
 def _files_of_side(job_config: JobConfig, section: str) -> tuple[list[TextFile], bool]:
@@ -121,11 +164,11 @@ def _files_of_side(job_config: JobConfig, section: str) -> tuple[list[TextFile],
     Raises:
         ValueError: they have some files in common and others not, so that held-out text would be trained on.
     """
-    names = {job_config.training.dataset.lower(), job_config.validation.dataset.lower()}
-    if not names <= set(OWN_DATASETS):
+    sources = [source_of(job_config, side) for side in ("training", "validation")]
+    if not all(source.is_own for source in sources):
         return _files(section, job_config), False
-    if names == {PYTHON_STDLIB}:
-        return find_python_stdlib(), True
+    if sources[0] == sources[1]:
+        return _files("training", job_config), True
     files = {"training": _files("training", job_config)}
     try:
         files["validation"] = _files("validation", job_config)
@@ -150,8 +193,8 @@ def _side(units: list[Unit], section: str, fraction: float, seed: int, divide: D
     training, validation = divide(units, fraction, seed)
     if section == "validation" and fraction == 0:
         raise ValueError(
-            "`data.validation_fraction` must be above 0 when `validation.dataset_path` names the training data, but "
-            "is 0: set it, for example to 0.05, or name other data in `validation.dataset_path`"
+            "`data.validation_fraction` must be above 0 when validation reads the training data, as it does unless "
+            "`validation.dataset_path` names others, but is 0: set it, for example to 0.05, or name other data"
         )
     if fraction > 0 and not validation:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Data loaders for text on disk: the data sets `local_text` and `python_stdlib`; others are the host's."""
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +19,7 @@ from megalodon_plugin.data.prefetch import Prefetch
 from megalodon_plugin.data.rank_rows import RankRows, lanes_of_rank
 from megalodon_plugin.data.rows import Cursor, Row
 
-from .data_source import OWN_DATASETS, carries_state, check_batch, corpus_of, is_own, rows_of_step
+from .data_source import OWN_DATASETS, carries_state, check_batch, corpus_of, rows_of_step, source_of
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 # A batch, and the rank's position and cursors after it.
@@ -29,7 +31,7 @@ def build_text_dataloader(
 ) -> BaseDataLoader:
     """Loader of `training.dataset`: endless and shuffled, or, if not `infinite`, one pass in order."""
     training = job_config.training
-    if not is_own("training", training.dataset):
+    if not source_of(job_config, "training").is_own:
         if carries_state(job_config):
             raise ValueError(
                 f"`training.dataset` must be one of {', '.join(OWN_DATASETS)} with `megalodon.carry_state`, whose rows "
@@ -49,9 +51,13 @@ def build_text_dataloader(
 def build_text_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: BaseTokenizer, job_config: JobConfig, infinite: bool = False
 ) -> BaseDataLoader:
-    """Loader of `validation.dataset`, from the first row at each iteration. See `OrderedTextLoader`."""
+    """Loader of validation's text, from the first row at each iteration. See `OrderedTextLoader` and `source_of`."""
     validation = job_config.validation
-    if not is_own("validation", validation.dataset):
+    source = source_of(job_config, "validation")
+    if not source.is_own:
+        if not validation.dataset:  # the host reads its own default from the job
+            job_config = copy.copy(job_config)
+            job_config.validation = dataclasses.replace(validation, dataset=source.dataset)
         return text_datasets.build_text_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite)
     corpus = corpus_of(job_config, "validation", tokenizer)
     return OrderedTextLoader(corpus, dp_rank, dp_world_size, validation.local_batch_size, endless=infinite)

@@ -48,11 +48,19 @@ class Data:
     seed: int = 0
     """Decides the order of the text and which part of it is held out."""
     validation_fraction: float = 0.0
-    """Share of the text held out for validation when training and validation name the same data."""
+    """Share of the text held out for validation when that reads the training data, as it does unless set otherwise."""
     broken_lines: str = "error"
-    """What a broken line of a .jsonl file does: "error" or "skip" (counted and told)."""
+    """What a broken line of a .jsonl file does: "error" or "skip" (counted and reported)."""
     text_field: str = "text"
     """Field of a .jsonl line that holds the text."""
+
+
+@dataclass
+class Validation:
+    """`[validation]`: the host's options; here is only the default that the plugin gives one of them."""
+
+    dataset: str | None = None
+    """Data set of validation. None: training's, like its path, of which `data.validation_fraction` is held out."""
 
 
 @dataclass
@@ -61,6 +69,7 @@ class JobConfig:
 
     megalodon: Megalodon = field(default_factory=Megalodon)  # type: ignore[valid-type]
     data: Data = field(default_factory=Data)
+    validation: Validation = field(default_factory=Validation)
 
 
 class _NoPathWarningForNames(logging.Filter):

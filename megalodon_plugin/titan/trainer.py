@@ -23,7 +23,7 @@ from .checkpoint_checks import (
     remove_incomplete,
     saved_tensors,
 )
-from .data_source import carries_state
+from .data_source import HOST_VALIDATION, carries_state
 from .dataloader import Batch, DocumentLoader
 from .loss import ScaledLoss
 from .loss_totals import LossTotals
@@ -56,6 +56,8 @@ class MegalodonTrainer(Trainer):
                 "`megalodon.carry_state` must be false for other models than megalodon, but is true with `model.name` "
                 f'= "{job_config.model.name}"'
             )
+        elif not job_config.validation.dataset:  # the plugin's default, which the host's loaders do not take
+            job_config.validation.dataset = HOST_VALIDATION
         if job_config.training.enable_cpu_offload and utils.device_type == "cpu":
             raise ValueError("`training.enable_cpu_offload` must be false on a machine without a GPU, but is true")
         self._saves_random_state = True

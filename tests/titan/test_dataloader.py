@@ -1,14 +1,11 @@
 """Loaders: batches, the state that any number of ranks can load, prefetching, and validation on held-out text."""
 
-import dataclasses
 import itertools
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,49 +15,18 @@ import torch.distributed.checkpoint as dcp
 from megalodon_plugin.data.files import Unit
 from megalodon_plugin.data.reader import TextReader
 from megalodon_plugin.titan import dataloader
-from megalodon_plugin.titan.data_source import side_as_bytes
 from megalodon_plugin.titan.dataloader import (
-    OrderedTextLoader,
     TextLoader,
     build_text_dataloader,
-    build_text_validation_dataloader,
 )
-from megalodon_plugin.titan.job_config import Data
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
 
-SEQ_LEN = 16
+from support.text_jobs import SEQ_LEN, build, build_validation, config, write_files
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    data = tmp_path / "data"
-    data.mkdir()
-    for n in range(30):
-        (data / f"{n:02}.txt").write_text(f"file {n} " + "".join(f"{n}.{word} " for word in range(10 + n % 7)))
-    return data
-
-
-def config(path: Path | str | None, dataset: str = "local_text", batch: int = 2, **data: Any) -> SimpleNamespace:
-    def section() -> SimpleNamespace:
-        path_or_none = None if path is None else str(path)
-        return SimpleNamespace(dataset=dataset, dataset_path=path_or_none, local_batch_size=batch, seq_len=SEQ_LEN)
-
-    validation = section()
-    validation.steps = -1
-    validation.enable = True
-    return SimpleNamespace(training=section(), validation=validation, data=Data(**data))
-
-
-def build(job_config: Any, rank: int = 0, n_ranks: int = 1) -> TextLoader:
-    loader = build_text_dataloader(n_ranks, rank, ByteTokenizer(), job_config)
-    assert isinstance(loader, TextLoader)
-    return loader
-
-
-def build_validation(job_config: Any, rank: int = 0, n_ranks: int = 1, infinite: bool = False) -> OrderedTextLoader:
-    loader = build_text_validation_dataloader(n_ranks, rank, ByteTokenizer(), job_config, infinite)
-    assert isinstance(loader, OrderedTextLoader)
-    return loader
+    return write_files(tmp_path / "data")
 
 
 def take(loader: Any, n_batches: int) -> torch.Tensor:
@@ -71,10 +37,6 @@ def take(loader: Any, n_batches: int) -> torch.Tensor:
 def global_rows(of_ranks: list[torch.Tensor]) -> torch.Tensor:
     """Rows of all ranks in the run's order, from each rank's (n_batches, batch, seq_len)."""
     return torch.stack(of_ranks, dim=2).flatten(0, 2)
-
-
-def texts_of(loader: Any) -> str:
-    return " ".join(text for unit in loader._corpus.units for text in loader._corpus.reader.documents(unit))
 
 
 def test_batches_are_int64_with_labels_one_ahead(folder: Path) -> None:
@@ -184,41 +146,15 @@ def test_errors_of_the_thread_reach_the_consumer(folder: Path, monkeypatch: pyte
 def test_an_iterator_that_is_alive_at_the_end_lets_the_process_go_quietly(folder: Path) -> None:
     code = (
         "from pathlib import Path\n"
-        "from test_dataloader import build, config\n"
+        "from support.text_jobs import build, config\n"
         f"batches = iter(build(config(Path({str(folder)!r}))))\n"
         "next(batches)\n"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths}
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
-
-
-def test_training_and_validation_share_no_text(folder: Path) -> None:
-    job_config = config(folder, validation_fraction=0.3)
-    training, validation = texts_of(build(job_config)), texts_of(build_validation(job_config))
-    files = [f"file {n} " for n in range(30)]
-    assert sorted(name for name in files if name in training or name in validation) == sorted(files)
-    assert not [name for name in files if name in training and name in validation]
-
-
-def test_both_sides_cut_alike_when_rows_differ_in_length(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("".join(f"<{n}> words\n" for n in range(2000)))
-    job_config = config(tmp_path, validation_fraction=0.3)
-    job_config.validation.seq_len = 64
-    training, validation = build(job_config), build_validation(job_config)
-    both = sorted((*training._corpus.units, *validation._corpus.units), key=lambda unit: unit.start)
-    assert [unit.start for unit in both[1:]] == [unit.end for unit in both[:-1]] and len(both) > 50
-    assert next(iter(validation))[1].shape == (2, 64)
-
-
-def test_other_validation_data_leave_training_whole(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "other.txt").write_text("words " * 100)
-    job_config = config(folder, validation_fraction=0.3)
-    job_config.validation.dataset_path = str(tmp_path / "other.txt")
-    assert len(build(job_config)._corpus.units) == 30
-    assert len(list(build_validation(job_config))) == 602 // SEQ_LEN // 2
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 3])
@@ -244,67 +180,6 @@ def test_one_pass_over_training_text(folder: Path) -> None:
     assert len(list(loader)) == len(list(loader)) > 50
 
 
-def too_little_text(job_config: Any) -> None:
-    job_config.validation.local_batch_size = 10**4
-
-
-def same_text_without_fraction(job_config: Any) -> None:
-    job_config.data = Data()
-
-
-def one_unit(job_config: Any) -> None:
-    path = Path(job_config.training.dataset_path) / "00.txt"
-    job_config.training.dataset_path = job_config.validation.dataset_path = str(path)
-
-
-def fraction_of_one(job_config: Any) -> None:
-    job_config.data = dataclasses.replace(job_config.data, validation_fraction=1.0)
-
-
-def no_path(job_config: Any) -> None:
-    job_config.validation.dataset_path = None
-
-
-def no_rows(job_config: Any) -> None:
-    job_config.validation.seq_len = 0
-
-
-def no_batch(job_config: Any) -> None:
-    job_config.validation.local_batch_size = 0
-
-
-def unknown_name(job_config: Any) -> None:
-    job_config.validation.dataset = "c5"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (too_little_text, "must fill a batch on every rank, 10000 rows of 16 tokens, but holds"),
-        (same_text_without_fraction, r"`data\.validation_fraction` must be above 0 .*`validation\.dataset_path`"),
-        (one_unit, r"`data\.validation_fraction` must leave text on both sides.*`validation\.dataset_path`"),
-        (fraction_of_one, r"`data\.validation_fraction` must be in \[0, 1\), but is 1\.0"),
-        (no_path, r"`validation\.dataset_path` must name files"),
-        (no_rows, "`seq_len` must be at least 1, but is 0"),
-        (no_batch, "`local_batch_size` must be at least 1, but is 0"),
-        (unknown_name, r"`validation\.dataset` must be one of local_text, python_stdlib, c4.* but is \"c5\""),
-    ],
-)
-def test_what_cannot_be_is_told_by_key_rule_and_value(
-    folder: Path, change: Callable[[Any], None], message: str
-) -> None:
-    job_config = config(folder, validation_fraction=0.3)
-    change(job_config)
-    with pytest.raises(ValueError, match=message):
-        next(iter(build_validation(job_config)))
-
-
-def test_standard_library_needs_no_path_and_no_section_of_ours() -> None:
-    job_config = config(None, dataset="python_stdlib")
-    del job_config.data
-    assert next(iter(build(job_config)))[1].shape == (2, SEQ_LEN)
-
-
 @pytest.mark.parametrize("name", ["build_text_dataloader", "build_text_validation_dataloader"])
 def test_other_names_go_to_the_host(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     calls: list[tuple[Any, ...]] = []
@@ -312,25 +187,3 @@ def test_other_names_go_to_the_host(monkeypatch: pytest.MonkeyPatch, name: str) 
     job_config = config("somewhere", dataset="c4_test")
     assert getattr(dataloader, name)(2, 1, "tokenizer", job_config, True) == "host's"
     assert calls == [(2, 1, "tokenizer", job_config, True)]
-
-
-def test_one_folder_spelled_two_ways_is_split(folder: Path) -> None:
-    job_config = config(folder, validation_fraction=0.3)
-    job_config.validation.dataset_path = str(folder / "*.txt")
-    sides = [side_as_bytes(job_config, section).split(b"file ")[1:] for section in ("training", "validation")]
-    assert all(sides)
-    assert not set(sides[0]) & set(sides[1])
-    assert len(sides[0]) + len(sides[1]) == 30
-
-
-def test_files_that_overlap_in_part_are_refused(folder: Path) -> None:
-    job_config = config(folder, validation_fraction=0.3)
-    job_config.validation.dataset_path = str(folder / "0*.txt")
-    with pytest.raises(ValueError, match="of its 10 files 10 are training files, and 20 training files are not"):
-        build(job_config)
-
-
-@pytest.mark.parametrize(("name", "value"), [("validation_fraction", "0.05"), ("seed", "0"), ("text_field", 3)])
-def test_data_options_of_the_wrong_type_are_refused(folder: Path, name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"\[data\] `{name}` must be of type"):
-        build(config(folder, **{name: value}))
