@@ -33,8 +33,9 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# With worksteal the tests of a file stay with one process, which sets up what they share once, until another has none left.
 test: lint types
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 layouts: $(INSTALLED)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.layouts
