@@ -60,8 +60,8 @@ def _run(arguments: list[str] | None) -> None:
 def _compare(config: Path, options: list[str]) -> tuple[dict[str, float], Path, Path]:
     """What n-grams score on the job's held-out text, and the job's folders."""
     from megalodon_plugin.data.ngram import ngram_losses
+    from megalodon_plugin.titan.command_line import read_job
     from megalodon_plugin.titan.data_source import side_as_bytes
-    from megalodon_plugin.titan.entry import read_job
 
     job = read_job(["--job.config_file", str(config), *options])
     scores = ngram_losses(side_as_bytes(job, "training"), side_as_bytes(job, "validation"))

@@ -6,12 +6,12 @@ The same options as `-m torchtitan.train`. It also runs on machines without a GP
 the plugin's.
 """
 
-from megalodon_plugin.titan import entry
+from megalodon_plugin.titan import command_line
 
 
 def main() -> None:
     """Train as the TOML file and the command line say."""
-    entry.train()
+    command_line.train()
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Job:
     Raises:
         ValueError: the job trains another model, or asks for something that cannot be estimated.
     """
-    from megalodon_plugin.titan.entry import read_job
+    from megalodon_plugin.titan.command_line import read_job
 
     degrees = [option for option in overrides if option.startswith("--parallelism.") and "degree" in option]
     if degrees:

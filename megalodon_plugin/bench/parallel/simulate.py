@@ -5,7 +5,7 @@ from typing import Any
 from megalodon_plugin.planning.candidates import job_of, stages_of, work_of
 from megalodon_plugin.planning.step_time import simulate_step
 from megalodon_plugin.planning.traffic import Links, exchanges_of_step
-from megalodon_plugin.titan.entry import read_job
+from megalodon_plugin.titan.command_line import read_job
 
 from ..train.job import TrainingJob
 from .rows import Row

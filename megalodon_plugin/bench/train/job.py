@@ -32,7 +32,7 @@ from torchtitan.protocols import train_spec
 from torchtitan.tools import utils
 
 from megalodon_plugin.planning.memory import Layout
-from megalodon_plugin.titan.entry import read_job
+from megalodon_plugin.titan.command_line import read_job
 from megalodon_plugin.titan.trainer import MegalodonTrainer
 
 from ..parallel.scenarios import ONE, degrees_of

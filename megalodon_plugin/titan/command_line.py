@@ -1,4 +1,4 @@
-"""The host's entry points for the plugin's command lines: parse a job, train it."""
+"""The host's command line: read the job that it describes, or train it."""
 
 import sys
 from typing import Any
