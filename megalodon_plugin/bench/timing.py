@@ -25,9 +25,9 @@ def synchronize(device: torch.device) -> None:
 
 def free_memory(device: torch.device) -> int:
     """Bytes free on the device, once the allocator has given back what no tensor holds."""
-    gc.collect()
     if device.type != "cuda":
         return 2**40
+    gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
@@ -201,7 +201,7 @@ def matmul_rate(device: torch.device, width: int = 8192) -> float:
 
 def cpu_us(call: Call, device: torch.device, calls: int = 100, rounds: int = 9) -> float:
     """Time that the CPU spends on a call that it does not wait for, median over rounds, in microseconds."""
-    for i in range(10):
+    for i in range(min(calls, 10)):
         call(i)
     times = []
     for _ in range(rounds):
@@ -235,7 +235,7 @@ def empty_op() -> Callable[[Tensor], Tensor]:
 
 def kernel_times(call: Call, device: torch.device, calls: int = 10) -> list[tuple[str, float, float]]:
     """(kernel, launches a call, microseconds a call) of everything that runs on the GPU, the longest first."""
-    for i in range(3):
+    for i in range(min(calls, 3)):
         call(i)
     synchronize(device)
     activities = [torch.profiler.ProfilerActivity.CPU]

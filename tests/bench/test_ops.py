@@ -238,6 +238,7 @@ def test_tables_show_multiples_and_dashes() -> None:
 
 def small_run(tmp_path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict:
     monkeypatch.setattr(run, "MAIN_SHAPES", ((2, 16, 8), (1, 32, 16)))
+    monkeypatch.setattr(run, "CEMA_ORDER", 2)
     monkeypatch.setattr(run, "sweep_shapes", lambda: [(2, 16, 8), (1, 40, 8)])
     options = bench.options_of(run.OpsOptions, parse("ops", "--out", str(tmp_path), *arguments))
     run.Bench(options, CPU, kernels="off", small=True).run()
