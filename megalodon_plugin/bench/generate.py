@@ -4,15 +4,14 @@ Reading: a prompt of L tokens in pieces with a carried state; the host's Llama r
 logits, for it has no cache to read in pieces with. Writing: one token a step after the longest prompt.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import resource
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import nn
@@ -23,69 +22,126 @@ from megalodon_plugin.model.inference.decode import Decoder
 from megalodon_plugin.model.inference.prefill import Reading, read
 from megalodon_plugin.model.precision import lower_matrices
 
-from .environment import device_name, environment
+from .environment import Environment, device_name, device_of, environment
 from .sizes import LLAMA_OF_PRESET, VOCABULARY, LlamaSize
+from .timing import MIB, synchronize
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What is read and written."""
+
+    out: Path
+    """Folder of the results."""
+    flavor: str = "released_200M"
+    """A preset."""
+    lengths: Sequence[int] = (8192, 65536, 524288, 1048576)
+    """Tokens of the prompts."""
+    batches: Sequence[int] = (1, 8, 64)
+    """Rows that decode side by side."""
+    steps: int = 256
+    """Tokens that each row decodes."""
+    against: str | None = None
+    """"llama": also the host's Llama of about as many parameters."""
+    commit: str | None = None
+    """In place of what git says."""
+
+    def check(self) -> None:
+        """Raise ValueError for what is out of range."""
+        for name in ("lengths", "batches"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"`--{name}` must be positive, but are {getattr(self, name)}")
+        if self.flavor not in PRESETS:
+            raise ValueError(f"`--flavor` must be one of {', '.join(PRESETS)}, but is {self.flavor!r}")
+        if self.against and self.flavor not in LLAMA_OF_PRESET:
+            presets = ", ".join(LLAMA_OF_PRESET)
+            raise ValueError(f"`--against llama` needs a flavor of {presets}, but `--flavor` is {self.flavor}")
+
+
+class GenerateRow(TypedDict):
+    """One measurement."""
+
+    model: str
+    """"megalodon" or "llama"."""
+    what: str
+    """"read", "decode" or "decode, compiled"."""
+    batch: int
+    context: int
+    """Tokens of the prompt that is read, or that was read before."""
+    tokens_per_s: float | None
+    """Of all rows together; None if the memory was not enough."""
+    seconds: NotRequired[float]
+    peak_mib: NotRequired[float]
+    """Peak memory: of the GPU in all, on a CPU of the process so far."""
+    extra_mib: NotRequired[float]
+    """Of a GPU, beyond what was in use before."""
+
+
+class GenerateResults(Environment):
+    """generate.json."""
+
+    dtype: str
+    flavor: str
+    parameters: dict[str, int]
+    """Of each model."""
+    rows: list[GenerateRow]
 
 
 @torch.no_grad()
-def run_bench_generate(known: argparse.Namespace) -> None:
-    """Run the command.
+def run_bench_generate(options: GenerateOptions) -> None:
+    """Measure, and write generate.json and generate.png.
 
     Raises:
         ValueError: a number is out of range, or no Llama of the size is known.
     """
-    for name in ("lengths", "batches"):
-        if min(getattr(known, name)) < 1:
-            raise ValueError(f"`--{name}` must be positive, but are {getattr(known, name)}")
-    if known.flavor not in PRESETS:
-        raise ValueError(f"`--flavor` must be one of {', '.join(PRESETS)}, but is {known.flavor!r}")
-    if known.against and known.flavor not in LLAMA_OF_PRESET:
-        presets = ", ".join(LLAMA_OF_PRESET)
-        raise ValueError(f"`--against llama` needs a flavor of {presets}, but `--flavor` is {known.flavor}")
+    options.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    results: dict[str, Any] = {
-        **environment(device_name(device), known.commit),
+    results: GenerateResults = {
+        **environment(device_name(device), options.commit),
         "dtype": "bfloat16" if device.type == "cuda" else "float32",
-        "flavor": known.flavor,
+        "flavor": options.flavor,
+        "parameters": {},
         "rows": [],
     }
-    rows: list[Row] = results["rows"]
-    text = torch.randint(VOCABULARY, (max(known.lengths),), device=device)
-    model = _megalodon(known.flavor, device)
-    results["parameters"] = {"megalodon": _size(model)}
+    text = torch.randint(VOCABULARY, (max(options.lengths),), device=device)
+    _measure_megalodon(options, text, results)
+    if options.against:
+        _measure_llama(options, text, results)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(results, options.out / "generate.json")
+    draw(results, options.out / "generate.png")
+    print(options.out / "generate.json", options.out / "generate.png")
+
+
+def _measure_megalodon(options: GenerateOptions, text: torch.Tensor, results: GenerateResults) -> None:
+    device = text.device
+    model = _megalodon(options.flavor, device)
+    results["parameters"]["megalodon"] = _count_parameters(model)
     read(model, [text[: 2 * model.cfg.chunk_size]])  # compiles kernels
-    reading: Reading | None = None
-    for length in sorted(known.lengths):
+    longest: Reading | None = None
+    for length in sorted(options.lengths):
         for _ in range(_passes(length)):
             with _measured(device) as cost:
-                reading = read(model, [text[:length]])
-        rows.append(_row("megalodon", "read", 1, length, length, cost))
-        _tell(rows[-1])
-    assert reading is not None
+                longest = read(model, [text[:length]])
+        _add(results, _row("megalodon", "read", 1, length, length, cost))
+    assert longest is not None
     first = read(model, [text[:1]])
-    for at, context in ((reading, max(known.lengths)), (first, 1)):
+    for reading, context in ((longest, max(options.lengths)), (first, 1)):
         for compiled in (False, True) if device.type == "cuda" else (False,):
-            for batch in known.batches:
-                rows.append(_decode(model, at, batch, context, known.steps, compiled))
-                _tell(rows[-1])
-    del model, reading, first
-    if known.against:
-        llama = _llama(LLAMA_OF_PRESET[known.flavor], max(known.lengths), device)
-        results["parameters"]["llama"] = _size(llama)
-        for length in sorted(known.lengths):
-            rows.append(_read_llama(llama, text[:length], device))
-            _tell(rows[-1])
-    known.out.mkdir(parents=True, exist_ok=True)
-    write_json(results, known.out / "generate.json")
-    draw(results, known.out / "generate.png")
-    print(known.out / "generate.json", known.out / "generate.png")
+            for batch in options.batches:
+                _add(results, _decode(model, reading, batch, context, options.steps, compiled))
+
+
+def _measure_llama(options: GenerateOptions, text: torch.Tensor, results: GenerateResults) -> None:
+    llama = _llama(LLAMA_OF_PRESET[options.flavor], len(text), text.device)
+    results["parameters"]["llama"] = _count_parameters(llama)
+    for length in sorted(options.lengths):
+        _add(results, _read_llama(llama, text[:length], text.device))
 
 
 def _passes(length: int) -> int:
-    """The first pass of a short text is mostly memory being asked for and algorithms being chosen: not counted."""
+    """How often a text is read; the last time counts. The first is mostly allocation of memory, if the text is short."""
     return 1 if length > 200_000 else 2
 
 
@@ -114,37 +170,55 @@ def _llama(size: LlamaSize, longest: int, device: torch.device) -> nn.Module:
     return llama.eval()
 
 
-def _size(model: nn.Module) -> int:
+def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@dataclass
+class _Cost:
+    """Filled in when what is measured ends; MiB as in `GenerateRow`."""
+
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+    extra_mib: float | None = None
+
+
 @contextlib.contextmanager
-def _measured(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills in seconds and, in MiB, the peak memory in all and beyond what was there before."""
-    cost: dict[str, float] = {}
+def _measured(device: torch.device) -> Iterator[_Cost]:
+    """Time and memory of what runs inside."""
+    cost, on_gpu = _Cost(), device.type == "cuda"
+    synchronize(device)
     before = 0.0
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) / MIB
     start = time.perf_counter()
     yield cost
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    cost["seconds"] = time.perf_counter() - start
-    if device.type == "cuda":
-        cost["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        cost["extra_mib"] = cost["peak_mib"] - before
-    else:  # of the process so far, so it can only grow
-        cost["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    synchronize(device)
+    cost.seconds = time.perf_counter() - start
+    if on_gpu:
+        cost.peak_mib = torch.cuda.max_memory_allocated(device) / MIB
+        cost.extra_mib = cost.peak_mib - before
+    else:
+        cost.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def _row(model: str, what: str, batch: int, context: int, n_tokens: int, cost: dict[str, float]) -> Row:
-    rate = n_tokens / cost["seconds"]
-    return {"model": model, "what": what, "batch": batch, "context": context, "tokens_per_s": rate, **cost}
+def _row(model: str, what: str, batch: int, context: int, n_tokens: int, cost: _Cost) -> GenerateRow:
+    row: GenerateRow = {
+        "model": model,
+        "what": what,
+        "batch": batch,
+        "context": context,
+        "tokens_per_s": n_tokens / cost.seconds,
+        "seconds": cost.seconds,
+        "peak_mib": cost.peak_mib,
+    }
+    if cost.extra_mib is not None:
+        row["extra_mib"] = cost.extra_mib
+    return row
 
 
-def _decode(model: Megalodon, reading: Reading, batch: int, context: int, steps: int, compiled: bool) -> Row:
+def _decode(model: Megalodon, reading: Reading, batch: int, context: int, steps: int, compiled: bool) -> GenerateRow:
     decoder = Decoder(model, reading.state.select([0] * batch), compile=compiled)
     token = reading.logits.argmax(-1).expand(batch)
     decoder.step(token)
@@ -154,7 +228,7 @@ def _decode(model: Megalodon, reading: Reading, batch: int, context: int, steps:
     return _row("megalodon", "decode, compiled" if compiled else "decode", batch, context, batch * steps, cost)
 
 
-def _read_llama(llama: nn.Module, text: torch.Tensor, device: torch.device) -> Row:
+def _read_llama(llama: nn.Module, text: torch.Tensor, device: torch.device) -> GenerateRow:
     try:
         for _ in range(_passes(len(text))):
             with _measured(device) as cost:
@@ -164,19 +238,20 @@ def _read_llama(llama: nn.Module, text: torch.Tensor, device: torch.device) -> R
     return _row("llama", "read", 1, len(text), len(text), cost)
 
 
-def _tell(row: Row) -> None:
+def _add(results: GenerateResults, row: GenerateRow) -> None:
+    """Add the row and print it."""
+    results["rows"].append(row)
     if row["tokens_per_s"] is None:
         print(f"{row['model']:>10} {row['what']:>16} {row['context']:>9,} tokens: out of memory", flush=True)
         return
     print(
         f"{row['model']:>10} {row['what']:>16} batch {row['batch']:>3} context {row['context']:>9,}: "
         f"{row['tokens_per_s']:>12,.1f} tokens/s, {row['peak_mib']:>9,.0f} MiB",
-        file=sys.stdout,
         flush=True,
     )
 
 
-def draw(results: dict[str, Any], picture: Path) -> None:
+def draw(results: GenerateResults, picture: Path) -> None:
     """Reading: tokens a second and memory against the length; decoding: tokens a second against the batch."""
     import matplotlib
 
@@ -209,7 +284,7 @@ def draw(results: dict[str, Any], picture: Path) -> None:
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"{results['flavor']}, {results['dtype']}, {results['device']}, torch {results['torch']}")
+    figure.suptitle(f"{results['flavor']}, {results['dtype']}, {device_of(results)}, torch {results['torch']}")
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     plt.close(figure)

@@ -107,9 +107,9 @@ def run_bench(known: argparse.Namespace) -> int:
         SystemExit: an implementation is wrong.
     """
     if known.bench == "generate":
-        from megalodon_plugin.bench.generate import run_bench_generate
+        from megalodon_plugin.bench.generate import GenerateOptions, run_bench_generate
 
-        run_bench_generate(known)
+        run_bench_generate(options_of(GenerateOptions, known))
         return 0
     if known.bench == "train":
         from megalodon_plugin.bench.train.run import run_bench_train

@@ -274,7 +274,10 @@ class Bench:
         calls, rounds, profiled = (100, 9, 10) if not self.small else (1, 3, 1)
         with use_kernels(self.kernels):
             for op in self.ops:
-                (inputs, dy), function = self.inputs(op, shape, torch.bfloat16)[0], implementation(op, "cuda", shape[2])[0]
+                (inputs, dy), function = (
+                    self.inputs(op, shape, torch.bfloat16)[0],
+                    implementation(op, "cuda", shape[2])[0],
+                )
 
                 def forward(_: int, function=function, inputs=inputs) -> Tensor:
                     return function(*inputs)
@@ -309,10 +312,8 @@ class Bench:
             for op in self.ops:
                 for shape in self.options.shapes or MAIN_SHAPES:
                     free_memory(self.device)
-                    (inputs, dy), function = (
-                        self.inputs(op, shape, torch.bfloat16)[0],
-                        implementation(op, "cuda", shape[2])[0],
-                    )
+                    inputs, dy = self.inputs(op, shape, torch.bfloat16)[0]
+                    function = implementation(op, "cuda", shape[2]).function
 
                     def both(_: int, function=function, inputs=inputs, dy=dy) -> Any:
                         return torch.autograd.grad(function(*inputs), inputs, dy)
