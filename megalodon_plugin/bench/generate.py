@@ -141,7 +141,7 @@ def _measure_llama(options: GenerateOptions, text: torch.Tensor, results: Genera
 
 
 def _passes(length: int) -> int:
-    """How often a text is read; the last time counts. The first is mostly allocation of memory, if the text is short."""
+    """How often a text is read; the last time counts. In the first, a short text mostly allocates memory."""
     return 1 if length > 200_000 else 2
 
 

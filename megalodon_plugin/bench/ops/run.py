@@ -274,10 +274,8 @@ class Bench:
         calls, rounds, profiled = (100, 9, 10) if not self.small else (1, 3, 1)
         with use_kernels(self.kernels):
             for op in self.ops:
-                (inputs, dy), function = (
-                    self.inputs(op, shape, torch.bfloat16)[0],
-                    implementation(op, "cuda", shape[2])[0],
-                )
+                inputs, dy = self.inputs(op, shape, torch.bfloat16)[0]
+                function = implementation(op, "cuda", shape[2]).function
 
                 def forward(_: int, function=function, inputs=inputs) -> Tensor:
                     return function(*inputs)
