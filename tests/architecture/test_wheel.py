@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from support.processes import HANG_S
 from support.tiny_job import read_records, write_job
 
 CHECKOUT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ def call(*words: str | Path, cwd: Path, **variables: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=180,
+        timeout=HANG_S,
         check=False,
     )
     assert result.returncode == 0, result.stdout

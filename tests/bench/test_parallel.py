@@ -26,6 +26,7 @@ from megalodon_plugin.bench.parallel.scenarios import (
 )
 from megalodon_plugin.cli.main import main
 
+from support.processes import HANG_S
 from support.tiny_job import environment
 
 
@@ -203,7 +204,7 @@ def test_the_command_checks_layouts_against_one_process_and_the_formulas(tmp_pat
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG_S,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -19,6 +19,7 @@ from megalodon_plugin.bench.parallel.simulate import simulated_row
 from megalodon_plugin.bench.train.job import LEAST_STEPS, TrainingJob
 from megalodon_plugin.planning.traffic import Links
 
+from support.processes import HANG_S
 from support.tiny_job import environment
 
 
@@ -36,7 +37,7 @@ def test_tasks_survive_their_file() -> None:
 def test_one_rank_alone_is_measured_and_its_links_simulated(tmp_path: Path) -> None:
     job = small_job("fsdp 4 x cp 2", rows=4, fake_ranks=True)
     command = [sys.executable, *command_of_a_rank([Task(job, 4)], tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     measured = json.loads((tmp_path / "0.0.json").read_text())
     assert measured["tokens_per_s"] * measured["seconds"] == pytest.approx(4 * 128)  # of all eight ranks
@@ -55,7 +56,7 @@ def test_tasks_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path: 
     good = Task(small_job("cp 2", rows=2), 4)
     slow = replace(good, longest_step=1e-6)
     short = replace(good, steps=50, most_seconds=1e-6)
-    one, failed, too_slow, last = run_tasks([good, Task(wrong, 4), slow, short], 120, tmp_path / "log")
+    one, failed, too_slow, last = run_tasks([good, Task(wrong, 4), slow, short], HANG_S, tmp_path / "log")
     assert [len(ranks) for ranks in (one, failed, too_slow, last)] == [2] * 4
     assert all("must be a multiple of" in rank["failed"] for rank in failed)
     assert merged(too_slow) == {"failed": "a step takes more than 1e-06 s"}
@@ -65,7 +66,7 @@ def test_tasks_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path: 
 
 
 def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(tmp_path: Path) -> None:
-    def reason(code: str, timeout: float = 60) -> str | None:
+    def reason(code: str, timeout: float = HANG_S) -> str | None:
         (tmp_path / "log").unlink(missing_ok=True)
         with started([sys.executable, "-c", code, str(tmp_path)], tmp_path, tmp_path / "log") as process:
             found = wait_for([tmp_path / "result"], process, timeout, tmp_path / "log")
@@ -102,7 +103,12 @@ print(run_task(dataclasses.replace(first, job=other))["tokens_per_s"] > 0)
 """
     task = json.dumps(Task(small_job("cp 2", rows=2, fake_ranks=True), 4).as_dict())
     done = subprocess.run(
-        [sys.executable, "-c", code, task], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code, task],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-2:] == ["a step takes more than 1e-06 s", "True"]

@@ -10,6 +10,7 @@ from megalodon_plugin.bench.train.job import TrainingJob
 from megalodon_plugin.bench.train.report import ratio, table
 from megalodon_plugin.cli.main import main
 
+from support.processes import HANG_S
 from support.tiny_job import environment
 
 
@@ -27,7 +28,7 @@ def test_both_models_train_and_the_files_say_so(tmp_path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "train.json").read_text())

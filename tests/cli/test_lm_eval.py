@@ -11,6 +11,7 @@ import torch
 from megalodon_plugin.checkpoint.checkpoint import Checkpoint, write_checkpoint
 from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
 
+from support.processes import HANG_S
 from support.small_model import SIZES
 
 pytest.importorskip("lm_eval", reason="needs the optional extra lm-eval")
@@ -65,7 +66,7 @@ def run(folder, name, kind, rest):
     command += ["--model_args", f"pretrained={folder / 'checkpoint'}", "--device", "cpu", "--include_path", str(tasks)]
     command += ["--output_path", str(tasks / "out"), "--log_samples"]
     environment = os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     (samples,) = (tasks / "out").rglob("samples_*.jsonl")
     return sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda s: s["doc_id"])

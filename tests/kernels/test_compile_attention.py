@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from support.processes import HANG_S
+
 pytest.importorskip("triton")
 
 SHARED_BYTES = 227 * 1024
@@ -57,7 +59,7 @@ print(made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"))
 def test_kernel_compiles_for_hopper(kernel: str, tmp_path) -> None:
     script = tmp_path / "compile_kernel.py"  # Triton reads a kernel's source from its file
     script.write_text(COMPILE)
-    done = subprocess.run([sys.executable, str(script), kernel], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script), kernel], capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr[-3000:]
     shared, products = (int(number) for number in done.stdout.split())
     assert 0 < shared <= SHARED_BYTES

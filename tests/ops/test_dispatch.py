@@ -14,6 +14,8 @@ from megalodon_plugin.kernels import KernelUnavailable
 from megalodon_plugin.ops import dispatch as backend
 from megalodon_plugin.ops.dispatch import available, kernels_mode, set_kernels, use_kernels
 
+from support.processes import HANG_S
+
 X = torch.zeros(2)
 
 
@@ -120,7 +122,7 @@ def run_with(value: str | None, folder: Path) -> subprocess.CompletedProcess[str
     program = "from megalodon_plugin.ops.dispatch import kernels_mode; print(kernels_mode())"
     command = [sys.executable, "-c", program]
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False
     )
 
 

@@ -15,6 +15,7 @@ from megalodon_plugin.bench.parallel.run import SMALL
 from megalodon_plugin.bench.parallel.scenarios import parse_layout
 from megalodon_plugin.bench.train.job import TrainingJob
 
+from support.processes import HANG_S
 from support.tiny_job import environment
 
 LAYOUTS = {
@@ -39,7 +40,7 @@ def test_a_step_exchanges_what_the_formulas_say(name: str, tmp_path: Path) -> No
         fake_ranks=True,
     )
     command = [sys.executable, *command_of_a_rank([Task(job, steps=4, count=True)], tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "0.0.json").read_text())
     assert found["exchanges"].keys() == LAYOUTS[name]

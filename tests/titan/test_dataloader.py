@@ -21,6 +21,7 @@ from megalodon_plugin.titan.dataloader import (
 )
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
 
+from support.processes import HANG_S
 from support.text_jobs import SEQ_LEN, build, build_validation, config, write_files
 
 
@@ -106,7 +107,7 @@ def test_the_state_is_of_what_was_handed_out_not_of_what_is_prepared(
         state = loader.state_dict()
         assert int(state["position"]) == 2 * n
     for _ in range(4):  # the three that were handed out, and one ahead of them
-        assert prepared.acquire(timeout=10)
+        assert prepared.acquire(timeout=HANG_S)
     later = loader.state_dict()
     assert all(torch.equal(later[key], value) for key, value in state.items())
     resumed = build(config(folder))
@@ -153,7 +154,7 @@ def test_an_iterator_that_is_alive_at_the_end_lets_the_process_go_quietly(folder
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths}
     command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
 
 

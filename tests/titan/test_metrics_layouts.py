@@ -157,16 +157,17 @@ def test_a_record_has_the_numbers_of_all_ranks(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_validation_leaves_training_its_time_and_tokens() -> None:
-    begin = time.perf_counter() - 5
-    metrics = bare(JsonLinesMetrics, ntokens_since_last_log=40, time_last_log=begin)
+def test_validation_leaves_training_its_time_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    metrics = bare(JsonLinesMetrics, ntokens_since_last_log=40, time_last_log=now - 5)
     with metrics.apart():
         assert metrics.ntokens_since_last_log == 0
-        assert time.perf_counter() - metrics.time_last_log < 1
-        time.sleep(0.3)
-        metrics.ntokens_since_last_log, metrics.time_last_log = 0, time.perf_counter()  # as the host's record does
+        assert metrics.time_last_log == now
+        now += 3
+        metrics.ntokens_since_last_log, metrics.time_last_log = 0, now  # as the host's record does
     assert metrics.ntokens_since_last_log == 40
-    assert 5 <= time.perf_counter() - metrics.time_last_log < 5.3
+    assert now - metrics.time_last_log == 5
 
 
 def batch(n_rows: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
