@@ -16,7 +16,8 @@ from megalodon_plugin.bench.parallel.rows import merged
 from megalodon_plugin.bench.parallel.run import SMALL
 from megalodon_plugin.bench.parallel.scenarios import Scenario, parse_layout
 from megalodon_plugin.bench.parallel.simulate import simulated_row
-from megalodon_plugin.bench.train.job import LEAST_STEPS, TrainingJob
+from megalodon_plugin.bench.train.job import TrainingJob
+from megalodon_plugin.bench.train.trainer import LEAST_STEPS
 from megalodon_plugin.planning.traffic import Links
 
 from support.processes import HANG_S

@@ -21,7 +21,8 @@ from megalodon_plugin.files import write_text
 from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.planning.traffic import Exchange
 
-from ..train.job import TimedTrainer, TrainingJob, free_port, run_job
+from ..train.job import TrainingJob, free_port, run_job
+from ..train.trainer import TimedTrainer
 from .exchanges import ExchangeCounter, differences, exchanges_by_formula, summed
 from .trace import trace_step
 

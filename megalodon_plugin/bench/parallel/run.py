@@ -29,7 +29,8 @@ from megalodon_plugin.planning.traffic import Links
 
 from ..environment import environment
 from ..sizes import SIZES
-from ..train.job import TrainingJob, check_steps
+from ..train.job import TrainingJob
+from ..train.trainer import check_steps
 from .launch import ALLOCATOR, run_tasks
 from .rank import Task, run_task
 from .report import check_line, draw, table

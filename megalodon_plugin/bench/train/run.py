@@ -15,9 +15,10 @@ from megalodon_plugin.files import write_json
 
 from ..environment import device_name, environment
 from ..sizes import SIZES
-from .job import TrainingJob, check_steps, free_port, run_job
+from .job import TrainingJob, free_port, run_job
 from .profile import print_shares, shares
 from .report import draw, table
+from .trainer import check_steps
 
 
 def run_bench_train(known: argparse.Namespace) -> None:
