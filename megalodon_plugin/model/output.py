@@ -28,6 +28,9 @@ class OutputLayer(nn.Linear):
 
 def hand_to_loss(features: Tensor, output: OutputLayer) -> Tensor:
     """The features, marked for `output_of`: a host that calls model and loss apart passes them on."""
+    # On the tensor, for nothing else reaches both: the stock entry builds the loss before the model and without it, and
+    # calls it with the model's result and the labels alone. A tuple would be taken for several results by what wraps
+    # the model, and a subclass of Tensor would be seen by every op of a compiled graph.
     features.output_layer = output  # type: ignore[attr-defined]
     return features
 

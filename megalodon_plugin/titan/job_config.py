@@ -5,7 +5,6 @@ below into its own. (No `from __future__ import annotations` here: the merge nee
 """
 
 import dataclasses
-import logging
 from dataclasses import dataclass, field
 
 from megalodon_plugin.model import MegalodonConfig
@@ -70,13 +69,3 @@ class JobConfig:
     megalodon: Megalodon = field(default_factory=Megalodon)  # type: ignore[valid-type]
     data: Data = field(default_factory=Data)
     validation: Validation = field(default_factory=Validation)
-
-
-class _NoPathWarningForNames(logging.Filter):
-    """Keeps the host from warning that `model.hf_assets_path` does not exist when it is the name of a tokenizer."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.getMessage() != "HF assets path byte does not exist!"
-
-
-logging.getLogger().addFilter(_NoPathWarningForNames())

@@ -2,13 +2,13 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torchtitan.components.metrics import MetricsProcessor, _get_metrics_rank
+from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, _get_metrics_rank
 
 from . import job_rules as layout
 from .loss_totals import Losses
@@ -16,17 +16,62 @@ from .model_json import write_model_json
 
 
 class StepNumbers(NamedTuple):
-    """What a step's record says of all ranks together."""
+    """What a step's record says of all ranks together; `others` by their names in the record."""
 
     losses: Losses
     n_tokens_seen: int
+    others: Mapping[str, float] = {}
+
+
+class Counts(Protocol):
+    """What the host's metrics have counted since the last record: the rank's tokens, and when they began."""
+
+    ntokens_since_last_log: int
+    time_last_log: float
+
+
+@contextmanager
+def counted_apart(counts: Counts, clock: Callable[[], float] = time.perf_counter) -> Iterator[None]:
+    """Count what runs inside, a validation, from zero, and go on counting afterwards as if it had not run.
+
+    The host counts training's tokens since its last record as validation's too, and takes them from training's next
+    one. `clock` is the one that `time_last_log` was read from.
+    """
+    n_tokens, begin = counts.ntokens_since_last_log, clock()
+    in_training = begin - counts.time_last_log
+    counts.ntokens_since_last_log, counts.time_last_log = 0, begin
+    try:
+        yield
+    finally:
+        counts.ntokens_since_last_log = n_tokens
+        counts.time_last_log = clock() - in_training
+
+
+class JsonLinesLogger(BaseLogger):
+    """Appends every record to a file: {"step": …, "kind": "train" | "validation", …}, the host's names for numbers."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._end_cut_line()
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        kind = "validation" if any(name.startswith("validation") for name in metrics) else "train"
+        record = {"step": step, "kind": kind} | {name: float(value) for name, value in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _end_cut_line(self) -> None:
+        """Close the line that a killed run may have left half-written, so that the next record stands alone."""
+        if self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n"):
+            with self._path.open("a") as file:
+                file.write("\n")
 
 
 class JsonLinesMetrics(MetricsProcessor):
-    """`MetricsProcessor` that appends every record to `metrics.jsonl` in the job's dump folder.
+    """`MetricsProcessor` that also logs to `metrics.jsonl` in the job's dump folder, see `JsonLinesLogger`.
 
-    A record is {"step": …, "kind": "train" | "validation", …} with the host's names for the numbers. A resumed run
-    appends; of several records of a step the last one counts.
+    A resumed run appends; of several records of a step the last one counts.
 
     Under the plugin's Trainer the same numbers are logged on every rank, and they mean, under any layout:
 
@@ -40,9 +85,7 @@ class JsonLinesMetrics(MetricsProcessor):
     * `validation_metrics/throughput(tps)`: likewise, of the validation alone.
     """
 
-    # The host's, since the last record.
-    ntokens_since_last_log: int
-    time_last_log: float
+    logger: BaseLogger
 
     # Set by the plugin's Trainer; it is called on all ranks, at logged steps only. Without it, as under the stock
     # entry, the host's numbers stand; that entry is refused the layouts under which they are wrong.
@@ -50,18 +93,11 @@ class JsonLinesMetrics(MetricsProcessor):
 
     def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None):
         super().__init__(job_config, parallel_dims, tag)
-        self._path: Path | None = None
         if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
-            self._path = Path(job_config.job.dump_folder) / "metrics.jsonl"
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._end_cut_line()
-        host_log = self.logger.log
-
-        def log_both(metrics: dict[str, Any], step: int) -> None:
-            host_log(metrics, step)
-            self._write(metrics, step)
-
-        self.logger.log = log_both  # type: ignore[method-assign]
+            both = LoggerContainer()
+            both.add_logger(self.logger)
+            both.add_logger(JsonLinesLogger(Path(job_config.job.dump_folder) / "metrics.jsonl"))
+            self.logger = both
 
     def log(
         self,
@@ -73,39 +109,9 @@ class JsonLinesMetrics(MetricsProcessor):
     ) -> None:
         """The host's record of a training step, with its losses and its count of tokens put right."""
         if self.numbers_of_step is not None:
-            (global_avg_loss, global_max_loss), n_tokens_seen = self.numbers_of_step()
-            extra_metrics = (extra_metrics or {}) | {"n_tokens_seen": n_tokens_seen}
+            (global_avg_loss, global_max_loss), n_tokens_seen, others = self.numbers_of_step()
+            extra_metrics = (extra_metrics or {}) | {"n_tokens_seen": n_tokens_seen} | dict(others)
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Keep the time and the tokens of what runs inside, a validation, from those of the training around it.
-
-        The host counts training's since its last record as validation's too, and takes them from training's next one.
-        """
-        n_tokens, begin = self.ntokens_since_last_log, time.perf_counter()
-        in_training = begin - self.time_last_log
-        self.ntokens_since_last_log, self.time_last_log = 0, begin
-        try:
-            yield
-        finally:
-            self.ntokens_since_last_log = n_tokens
-            self.time_last_log = time.perf_counter() - in_training
-
-    def _end_cut_line(self) -> None:
-        """Close the line that a killed run may have left half-written, so that the next record stands alone."""
-        assert self._path is not None
-        if self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n"):
-            with self._path.open("a") as file:
-                file.write("\n")
-
-    def _write(self, metrics: dict[str, Any], step: int) -> None:
-        if self._path is None:
-            return
-        kind = "validation" if any(name.startswith("validation") for name in metrics) else "train"
-        record = {"step": step, "kind": kind} | {name: float(value) for name, value in metrics.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 def build_metrics(job_config: Any, parallel_dims: Any, model_args: Any = None, tag: str | None = None):

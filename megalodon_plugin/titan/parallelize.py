@@ -21,6 +21,7 @@ from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
 from megalodon_plugin.parallel.tensor_plan import apply_tensor_parallel
 
+from .host_patches import dense_mesh
 from .job_config import TrainingOptions
 
 # Results that selective activation checkpointing keeps. The host's own list lacks `addmm`, which every Linear with a
@@ -124,19 +125,15 @@ def _check_dropout(model: nn.Module, parallel_dims: ParallelDims) -> None:
 def data_mesh(parallel_dims: ParallelDims, mixed_precision: bool) -> DeviceMesh | None:
     """The mesh that parameters are sharded and replicated over, chunk parallel ranks included; None without one.
 
-    A mesh of one rank shares nothing, but FSDP over it computes in the low dtype, for which the host's autocast is off
-    under tensor and pipeline parallelism.
+    A mesh of one rank shares nothing, but FSDP over it computes in the low dtype, see `host_patches.dense_mesh`.
     """
     replicated, sharded = parallel_dims.dp_replicate_enabled, parallel_dims.fsdp_enabled
     if sharded:
         return parallel_dims.get_mesh(["dp_replicate", "fsdp"] if replicated else "fsdp")
-    parallel_dims.world_mesh  # noqa: B018  builds the meshes
-    # `get_mesh` refuses to hand out a sharding dimension of one rank.
-    dense = parallel_dims._global_meshes["dense"]
-    if replicated:  # not by the host's DDP, which divides the gradients once more (torchtitan #2318)
-        return dense["dp_replicate", "fsdp"]
+    if replicated:
+        return dense_mesh(parallel_dims)["dp_replicate", "fsdp"]
     if mixed_precision and (parallel_dims.tp_enabled or parallel_dims.pp_enabled):
-        return dense["fsdp"]
+        return dense_mesh(parallel_dims)["fsdp"]
     return None
 
 

@@ -1,6 +1,7 @@
 """torchtitan's Trainer with what Megalodon runs need of it; start it by `megalodon_plugin.cli.train`."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .checkpoint_checks import (
 )
 from .data_source import HOST_VALIDATION, carries_state
 from .dataloader import Batch, DocumentLoader
+from .host_patches import around_load
 from .loss import ScaledLoss
 from .loss_totals import LossTotals
 from .metrics import JsonLinesMetrics, StepNumbers
@@ -36,11 +38,11 @@ class MegalodonTrainer(Trainer):
     """`Trainer` that also
 
     * keeps the random state in the checkpoint, so that dropout resumes exactly;
-    * looks at the checkpoint before it loads it (see `checkpoint_guard`);
+    * looks at the checkpoint before it loads it (see `checkpoint_checks`);
     * scales the loss before the backward pass under pipeline parallelism;
     * counts tokens and losses so that records and checkpoints are right under every layout (see `JsonLinesMetrics`):
       `ntokens_seen` is what the whole job has been handed, whatever the number of ranks that share it;
-    * carries the model's state from step to step if `megalodon.carry_state` says so (see `carried`);
+    * carries the model's state from step to step if `megalodon.carry_state` says so (see `carried_state`);
     * writes `model.json`, the model's configuration, into the dump folder, for whoever reads the checkpoint.
 
     The host's own models train under it as they do under `Trainer`.
@@ -82,12 +84,6 @@ class MegalodonTrainer(Trainer):
         self._saves_carried_state = True
         loss_fn: Any = self.loss_fn  # type: ignore[has-type]
         self.loss_fn = CarryingLoss(loss_fn, carried)  # not the validator's
-        log = self.metrics_processor.log
-
-        def log_with_context(*record: Any, extra_metrics: dict[str, Any]) -> None:
-            log(*record, extra_metrics=extra_metrics | carried.numbers_of_step())
-
-        self.metrics_processor.log = log_with_context
         chunk = "ends with a chunk" if whole_chunks else "may end inside a chunk, whose keys and values are carried too"
         logger.info(
             f"Carried state: a row of a step reads on where the one before it ended, {training.seq_len} tokens of one "
@@ -153,16 +149,16 @@ class MegalodonTrainer(Trainer):
 
     def _without_while_loading(self, flag: str) -> None:
         """Leave what `flag` stands for out of what the host asks of this one checkpoint."""
-        load = self.checkpointer.load
 
-        def load_without(step: int = -1) -> bool:
+        @contextmanager
+        def without() -> Iterator[None]:
             setattr(self, flag, False)
             try:
-                return load(step)
+                yield
             finally:
                 setattr(self, flag, True)
 
-        self.checkpointer.load = load_without  # type: ignore[method-assign]
+        around_load(self.checkpointer, without)
 
     def _write_model_json(self) -> None:
         if isinstance(self.model_args, MegalodonModelArgs) and torch.distributed.get_rank() == 0:
@@ -193,7 +189,8 @@ class MegalodonTrainer(Trainer):
         return processed
 
     def _numbers_of_step(self) -> StepNumbers:
-        return StepNumbers(self._step_totals.over_ranks(), self.ntokens_seen)
+        of_carried = {} if self._carried is None else self._carried.numbers_of_step()
+        return StepNumbers(self._step_totals.over_ranks(), self.ntokens_seen, of_carried)
 
     def forward_backward_step(
         self, *, input_dict: dict[str, Tensor], labels: Tensor, global_valid_tokens: Any

@@ -15,6 +15,7 @@ from torchtitan.tools import utils
 
 from .dataloader import Batch, build_text_validation_dataloader
 from .loss_totals import LossTotals
+from .metrics import counted_apart
 
 
 class MegalodonValidator(Validator):
@@ -67,7 +68,7 @@ class MegalodonValidator(Validator):
         """
         totals = LossTotals(utils.device_type)
         self._eval_mode(model_parts)
-        with self.metrics_processor.apart():
+        with counted_apart(self.metrics_processor):
             for input_dict, labels in self._batches():
                 self.metrics_processor.ntokens_since_last_log += int((labels != IGNORE_INDEX).sum())
                 self._add_losses(totals, model_parts, input_dict, labels)
