@@ -1,5 +1,7 @@
 """The host's cross-entropy with a factor that can be set before the backward pass."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +15,7 @@ class ScaledLoss:
 
     Under pipeline parallelism the schedule runs the backward pass inside, on whatever this returns; the host divides by
     the token count only afterwards, which leaves the gradients undivided (torchtitan #2972). So the plugin's Trainer
-    sets `scale` to 1 / tokens for the step.
+    scales by 1 / tokens of the step.
 
     `pred` are logits, or features whose output layer has yet to be applied: then both are done part by part, and the
     logits of a long row never exist at once.
@@ -22,6 +24,15 @@ class ScaledLoss:
     def __init__(self, loss_fn: Any):
         self.loss_fn = loss_fn
         self.scale: Tensor | float = 1.0
+
+    @contextmanager
+    def scaled_by(self, scale: Tensor | float) -> Iterator[None]:
+        """Scale what is computed inside, however it ends."""
+        self.scale = scale
+        try:
+            yield
+        finally:
+            self.scale = 1.0
 
     def __call__(self, pred: Tensor, labels: Tensor) -> Tensor:
         output = output_of(pred)

@@ -6,6 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torchtitan.components.loss import IGNORE_INDEX
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    """Number of the labels that count, ()."""
+    return (labels != IGNORE_INDEX).sum()
 
 
 class Losses(NamedTuple):
@@ -27,7 +33,7 @@ class LossTotals:
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Start again from zero."""
         self._sums = torch.zeros(2, dtype=torch.float64, device=self._device)  # losses, tokens
 
     def add(self, loss_sum: Tensor, n_tokens: Tensor) -> None:

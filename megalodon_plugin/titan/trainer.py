@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
@@ -28,7 +28,7 @@ from .data_source import HOST_VALIDATION, carries_state
 from .dataloader import Batch, DocumentLoader
 from .host_patches import around_load
 from .loss import ScaledLoss
-from .loss_totals import LossTotals
+from .loss_totals import LossTotals, count_labels
 from .metrics import JsonLinesMetrics, StepNumbers
 from .model_args import MegalodonModelArgs
 from .model_json import write_model_json
@@ -167,10 +167,8 @@ class MegalodonTrainer(Trainer):
     def batch_generator(self, data_iterable: Iterable[Batch]) -> Iterator[Batch]:
         for input_dict, labels in super().batch_generator(data_iterable):
             if self._counts_whole_job:
-                # The host has added this rank's tokens. Every data parallel rank has been handed as many; all other
-                # ranks share a row with one of them.
-                n_data_ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard
-                self.ntokens_seen += (n_data_ranks - 1) * labels.numel()
+                # The host has added this rank's tokens.
+                self.ntokens_seen += tokens_of_other_ranks(labels.numel(), self.parallel_dims)
             yield input_dict, labels
 
     def train_step(self, data_iterator: Iterator[Batch]) -> None:
@@ -185,7 +183,7 @@ class MegalodonTrainer(Trainer):
         if self._carried is not None and begins is not None:
             processed[3].update(state=self._carried.before(begins, labels), return_state=True)
         own_labels = processed[1]  # under context parallelism the slice of this rank
-        self._own_tokens = (own_labels != IGNORE_INDEX).sum()
+        self._own_tokens = count_labels(own_labels)
         return processed
 
     def _numbers_of_step(self) -> StepNumbers:
@@ -209,10 +207,15 @@ class MegalodonTrainer(Trainer):
             return super().forward_backward_step(
                 input_dict=input_dict, labels=labels, global_valid_tokens=global_valid_tokens
             )
-        self.loss_fn.scale = 1.0 / global_valid_tokens
-        try:
+        with self.loss_fn.scaled_by(1.0 / global_valid_tokens):
             # The losses come back scaled; the host's division by a count of 1 leaves them so.
             one = torch.ones((), device=self.device)
             return super().forward_backward_step(input_dict=input_dict, labels=labels, global_valid_tokens=one)
-        finally:
-            self.loss_fn.scale = 1.0
+
+
+def tokens_of_other_ranks(n_own: int, parallel_dims: ParallelDims) -> int:
+    """Tokens that the job's other ranks have been handed while this one has been handed `n_own`.
+
+    Every data parallel rank has been handed as many; all other ranks share a row with one of them.
+    """
+    return (parallel_dims.dp_replicate * parallel_dims.dp_shard - 1) * n_own

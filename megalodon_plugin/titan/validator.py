@@ -1,7 +1,7 @@
 """Validation: the mean loss over the validation data, the same under every layout."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleZBVZeroBubble
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import Validator
+from torchtitan.config.job_config import Validation
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.tools import utils
 
 from .dataloader import Batch, build_text_validation_dataloader
-from .loss_totals import LossTotals
+from .loss_totals import LossTotals, count_labels
 from .metrics import counted_apart
 
 
@@ -69,8 +70,9 @@ class MegalodonValidator(Validator):
         totals = LossTotals(utils.device_type)
         self._eval_mode(model_parts)
         with counted_apart(self.metrics_processor):
-            for input_dict, labels in self._batches():
-                self.metrics_processor.ntokens_since_last_log += int((labels != IGNORE_INDEX).sum())
+            batches = equally_many(self.validation_dataloader, self.job_config.validation, self._any_rank)
+            for input_dict, labels in batches:
+                self.metrics_processor.ntokens_since_last_log += int(count_labels(labels))
                 self._add_losses(totals, model_parts, input_dict, labels)
             self.metrics_processor.log_validation(loss=totals.over_ranks().mean, step=step)
         for part in model_parts:
@@ -85,28 +87,9 @@ class MegalodonValidator(Validator):
                 # to float32 itself.
                 part.training = True
 
-    def _batches(self) -> Iterator[Batch]:
-        """This rank's batches, all of one shape, as many as the rank that has most of them. See the class."""
-        steps = self.job_config.validation.steps
-        own = iter(self.validation_dataloader)
-        for i in itertools.count() if steps == -1 else range(steps):
-            batch = next(own, None)
-            has_one = torch.tensor(int(batch is not None), device=utils.device_type)
-            if not dist_utils.dist_max(has_one, self.parallel_dims.get_optional_mesh("batch")):
-                if i == 0:
-                    raise ValueError("`validation.dataset` must hold text for at least one batch, but it is empty")
-                return
-            yield self._filled(batch)
-
-    def _filled(self, batch: Batch | None) -> Batch:
-        """The batch with rows up to `validation.local_batch_size`, none of whose labels count."""
-        options = self.job_config.validation
-        n_rows = 0 if batch is None else len(batch[1])
-        missing = (options.local_batch_size - n_rows, options.seq_len)
-        inputs, labels = torch.zeros(missing, dtype=torch.int64), torch.full(missing, IGNORE_INDEX)
-        if batch is None:
-            return {"input": inputs}, labels
-        return {"input": torch.cat([batch[0]["input"], inputs])}, torch.cat([batch[1], labels])
+    def _any_rank(self, has_batch: bool) -> bool:
+        own = torch.tensor(int(has_batch), device=utils.device_type)
+        return bool(dist_utils.dist_max(own, self.parallel_dims.get_optional_mesh("batch")))
 
     def _add_losses(
         self, totals: LossTotals, model_parts: list[nn.Module], input_dict: dict[str, Tensor], labels: Tensor
@@ -121,7 +104,7 @@ class MegalodonValidator(Validator):
             else:
                 loss_sum = self.loss_fn(model_parts[0](inputs, **extra_kwargs), labels)
         if loss_sum is not None:
-            totals.add(loss_sum, (labels != IGNORE_INDEX).sum())
+            totals.add(loss_sum, count_labels(labels))
 
     def _pipeline_loss(self, inputs: Tensor, labels: Tensor, extra_kwargs: dict[str, Any]) -> Tensor | None:
         """Sum of the losses of a batch, (); None on a rank without the last stage."""
@@ -135,6 +118,35 @@ class MegalodonValidator(Validator):
             return_outputs=False,
         )
         return torch.stack(losses).sum() if losses else None
+
+
+def equally_many(own: Iterable[Batch], options: Validation, any_rank: Callable[[bool], bool]) -> Iterator[Batch]:
+    """The rank's own batches, all of one shape, and empty ones until no rank has a batch or `options.steps` are done.
+
+    Args:
+        any_rank: whether any rank says true.
+
+    Raises:
+        ValueError: no rank has a batch.
+    """
+    batches = iter(own)
+    for i in itertools.count() if options.steps == -1 else range(options.steps):
+        batch = next(batches, None)
+        if not any_rank(batch is not None):
+            if i == 0:
+                raise ValueError("`validation.dataset` must hold text for at least one batch, but it is empty")
+            return
+        yield _filled(batch, options)
+
+
+def _filled(batch: Batch | None, options: Validation) -> Batch:
+    """The batch with rows up to `validation.local_batch_size`, none of whose labels count."""
+    n_rows = 0 if batch is None else len(batch[1])
+    missing = (options.local_batch_size - n_rows, options.seq_len)
+    inputs, labels = torch.zeros(missing, dtype=torch.int64), torch.full(missing, IGNORE_INDEX)
+    if batch is None:
+        return {"input": inputs}, labels
+    return {"input": torch.cat([batch[0]["input"], inputs])}, torch.cat([batch[1], labels])
 
 
 def _check_pipeline(job_config: Any, pp_schedule: Any) -> None:

@@ -1,10 +1,8 @@
 """Records and checkpoints say the same under every layout: losses, counts of tokens, validation, resuming elsewhere."""
 
-import itertools
 import math
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +16,19 @@ from torch.distributed.pipelining.schedules import ScheduleZBVZeroBubble
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
-from megalodon_plugin.titan import validator as validator_module
 from megalodon_plugin.titan.checkpoint_checks import check_fits, saved_tensors
-from megalodon_plugin.titan.loss_totals import LossTotals, combine
-from megalodon_plugin.titan.metrics import JsonLinesMetrics, StepNumbers
-from megalodon_plugin.titan.trainer import MegalodonTrainer
-from megalodon_plugin.titan.validator import MegalodonValidator
+from megalodon_plugin.titan.loss import ScaledLoss
+from megalodon_plugin.titan.loss_totals import LossTotals, combine, count_labels
+from megalodon_plugin.titan.metrics import JsonLinesMetrics, StepNumbers, counted_apart
+from megalodon_plugin.titan.trainer import tokens_of_other_ranks
+from megalodon_plugin.titan.validator import MegalodonValidator, equally_many
 
-from support.tiny_job import read_records, torchrun, train_well, write_job
+# isort: split
+from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Job, Validation
+from torchtitan.distributed import ParallelDims
+
+from support.tiny_job import read_records, train, train_well, write_job
 
 IGNORED = -100
 NAN = float("nan")
@@ -59,7 +62,7 @@ def one_rank() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def test_totals_add_microbatches_and_begin_anew(one_rank: None) -> None:
+def test_totals_add_microbatches_and_start_again(one_rank: None) -> None:
     totals = LossTotals("cpu")
     totals.add(torch.tensor(2.0), torch.tensor(4))
     totals.add(torch.tensor(7.0, dtype=torch.bfloat16), torch.tensor(2))
@@ -87,117 +90,79 @@ def test_a_checkpoint_fits_shards_of_the_whole_shape() -> None:
         dist.destroy_process_group()
 
 
-def bare(cls: type, **attributes: Any) -> Any:
-    """An instance without its host, which would want a whole job."""
-    instance = object.__new__(cls)
-    for name, value in attributes.items():
-        setattr(instance, name, value)
-    return instance
+def dims(dp_replicate: int = 1, dp_shard: int = 1, cp: int = 1, pp: int = 1) -> ParallelDims:
+    return ParallelDims(dp_replicate, dp_shard, cp, 1, pp, 1, 1, world_size=dp_replicate * dp_shard * cp * pp)
 
 
-def dims(dp_replicate: int = 1, dp_shard: int = 1, cp: int = 1, pp: int = 1) -> SimpleNamespace:
-    mesh = SimpleNamespace(size=lambda: cp)
-    return SimpleNamespace(
-        dp_replicate=dp_replicate,
-        dp_shard=dp_shard,
-        cp_enabled=cp > 1,
-        pp_enabled=pp > 1,
-        get_mesh=lambda name: mesh,
-        get_optional_mesh=lambda name: None,
-    )
+def test_tokens_are_counted_once_each_whatever_shares_them() -> None:
+    """By the host for this rank; here for the others, of which those that share a row have no tokens of their own."""
+    assert tokens_of_other_ranks(40, dims(dp_replicate=2, dp_shard=3, cp=2, pp=2)) == 5 * 40
+    assert tokens_of_other_ranks(40, dims(cp=2, pp=2)) == 0
 
 
-@pytest.mark.parametrize(
-    ("whole_job", "expected"),
-    [pytest.param(True, 7 + 2 * 3 * 2 * 20, id="ours"), pytest.param(False, 7 + 2 * 20, id="the host's own model")],
-)
-def test_tokens_are_counted_once_each_whatever_shares_them(whole_job: bool, expected: int) -> None:
-    trainer = bare(
-        MegalodonTrainer,
-        parallel_dims=dims(dp_replicate=2, dp_shard=3, cp=2, pp=2),
-        metrics_processor=SimpleNamespace(ntokens_since_last_log=0, data_loading_times=[]),
-        ntokens_seen=7,  # of an earlier run, with however many ranks
-        _counts_whole_job=whole_job,
-    )
-    batches = trainer.batch_generator([({"input": torch.ones(4, 5)}, torch.ones(4, 5))] * 3)
-    list(itertools.islice(batches, 2))
-    assert trainer.ntokens_seen == expected
-    # Throughput is this rank's rows, which the host divides by the ranks that share them.
-    assert trainer.metrics_processor.ntokens_since_last_log == 40
-
-
-def test_a_rank_counts_the_labels_of_its_own_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def second_half(inputs, labels, extra_kwargs, mesh, device, balancer):
-        return inputs[:, 3:], labels[:, 3:], extra_kwargs
-
-    monkeypatch.setattr("torchtitan.train.prepare_context_parallel_input", second_half)
-    parallelism = SimpleNamespace(context_parallel_load_balancer=None)
-    trainer = bare(
-        MegalodonTrainer,
-        parallel_dims=dims(cp=2),
-        model_args=None,
-        device=torch.device("cpu"),
-        job_config=SimpleNamespace(parallelism=parallelism),
-    )
+def test_labels_that_do_not_count_are_not_counted() -> None:
     labels = torch.tensor([[1, 2, 3, 4, IGNORED, 6], [1, IGNORED, 3, 4, 5, 6]])
-    trainer.post_dataloading_process({"input": torch.zeros(2, 6)}, labels)
-    assert int(trainer._own_tokens) == 5
+    assert int(count_labels(labels)) == 10
+    assert int(count_labels(labels[:, 3:])) == 5, "the slice of a context parallel rank"
+    assert int(count_labels(torch.full((2, 3), IGNORED))) == 0
 
 
-def test_a_record_has_the_numbers_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("torchtitan.components.metrics.MetricsProcessor.log", lambda self, *a: logged.append(a))
-    metrics = bare(JsonLinesMetrics)
-    metrics.log(3, -1.0, -1.0, 0.5, {"n_tokens_seen": 80, "lr": 0.1})
-    metrics.numbers_of_step = lambda: StepNumbers(combine(sums((6, 4), (10, 4))), 20)
-    metrics.log(3, -1.0, -1.0, 0.5, {"n_tokens_seen": 80, "lr": 0.1})
-    assert logged == [
-        (3, -1.0, -1.0, 0.5, {"n_tokens_seen": 80, "lr": 0.1}),
-        (3, 2.0, 2.5, 0.5, {"n_tokens_seen": 20, "lr": 0.1}),
-    ]
+def test_a_loss_is_scaled_until_its_step_has_ended_or_failed() -> None:
+    loss_fn = ScaledLoss(lambda pred, labels: pred.sum())
+    ones = torch.ones(3)
+    with loss_fn.scaled_by(torch.tensor(0.5)):
+        assert float(loss_fn(ones, ones)) == 1.5
+    assert float(loss_fn(ones, ones)) == 3.0
+    with pytest.raises(RuntimeError, match="failed"), loss_fn.scaled_by(0.5):
+        raise RuntimeError("failed")
+    assert float(loss_fn(ones, ones)) == 3.0
 
 
-def test_validation_leaves_training_its_time_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    metrics = bare(JsonLinesMetrics, ntokens_since_last_log=40, time_last_log=now - 5)
-    with metrics.apart():
-        assert metrics.ntokens_since_last_log == 0
-        assert metrics.time_last_log == now
-        now += 3
-        metrics.ntokens_since_last_log, metrics.time_last_log = 0, now  # as the host's record does
-    assert metrics.ntokens_since_last_log == 40
-    assert now - metrics.time_last_log == 5
+def test_a_record_has_the_numbers_of_all_ranks(one_rank: None, tmp_path: Path) -> None:
+    metrics = JsonLinesMetrics(JobConfig(job=Job(dump_folder=str(tmp_path))), dims())
+    metrics.num_flops_per_token = 1
+    others = {"carried_context/mean(tokens)": 7.0}
+    for numbers in (None, lambda: StepNumbers(combine(sums((6, 4), (10, 4))), 20, others)):
+        metrics.numbers_of_step = numbers
+        metrics.data_loading_times.append(0.1)
+        metrics.log(3, -1.0, -2.0, 0.5, {"n_tokens_seen": 80, "lr": 0.1})
+    of_host, of_all_ranks = read_records(tmp_path)
+    right = {"loss_metrics/global_avg_loss": 2.0, "loss_metrics/global_max_loss": 2.5, "n_tokens_seen": 20, **others}
+    assert of_all_ranks.items() >= {"step": 3, "kind": "train", "grad_norm": 0.5, "lr": 0.1, **right}.items()
+    stock = {"loss_metrics/global_avg_loss": -1.0, "loss_metrics/global_max_loss": -2.0, "n_tokens_seen": 80}
+    assert of_host.items() >= {"step": 3, "kind": "train", "grad_norm": 0.5, "lr": 0.1, **stock}.items()
+    assert of_all_ranks.keys() - of_host.keys() == others.keys()
+
+
+def test_validation_leaves_training_its_time_and_tokens() -> None:
+    times = iter([100.0, 130.0])
+    counts = SimpleNamespace(ntokens_since_last_log=40, time_last_log=95.0)
+    with counted_apart(counts, clock=lambda: next(times)):
+        assert (counts.ntokens_since_last_log, counts.time_last_log) == (0, 100.0)
+        counts.ntokens_since_last_log, counts.time_last_log = 0, 129.0  # as the host's record does
+    assert (counts.ntokens_since_last_log, counts.time_last_log) == (40, 125.0), "5 s of training, before and after"
 
 
 def batch(n_rows: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return {"input": torch.ones(n_rows, 3, dtype=torch.int64)}, torch.ones(n_rows, 3, dtype=torch.int64)
 
 
-def batches_of_rank(
-    monkeypatch: pytest.MonkeyPatch, own: list[Any], others: list[bool], steps: int = -1
-) -> list[tuple[int, int]]:
+def batches_of_rank(own: list[Any], others: list[bool], steps: int = -1) -> list[tuple[int, int]]:
     """(rows, labels that count) of each batch, where the other ranks together have a batch as `others` says."""
     answers = iter(others)
-    monkeypatch.setattr(validator_module.dist_utils, "dist_max", lambda has_one, mesh: max(int(has_one), next(answers)))
-    options = SimpleNamespace(steps=steps, local_batch_size=2, seq_len=3)
-    rank = bare(
-        MegalodonValidator,
-        job_config=SimpleNamespace(validation=options),
-        parallel_dims=dims(dp_shard=2),
-        validation_dataloader=own,
-    )
-    return [(len(inputs["input"]), int((labels != IGNORED).sum())) for inputs, labels in rank._batches()]
+    options = Validation(steps=steps, local_batch_size=2, seq_len=3)
+    batches = equally_many(own, options, lambda has_batch: has_batch | next(answers))
+    return [(len(inputs["input"]), int((labels != IGNORED).sum())) for inputs, labels in batches]
 
 
-def test_a_rank_out_of_batches_takes_part_without_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_out_of_batches_takes_part_without_counting() -> None:
     own = [batch(2), batch(1)]
-    assert batches_of_rank(monkeypatch, own, [True, False, False]) == [(2, 6), (2, 3)]
-    assert batches_of_rank(monkeypatch, own, [True, True, True, True, False]) == [(2, 6), (2, 3), (2, 0), (2, 0)]
-    assert batches_of_rank(monkeypatch, [], [True, False]) == [(2, 0)]
-    assert batches_of_rank(monkeypatch, [batch(2)] * 9, [True] * 3, steps=3) == [(2, 6)] * 3
+    assert batches_of_rank(own, [True, False, False]) == [(2, 6), (2, 3)]
+    assert batches_of_rank(own, [True, True, True, True, False]) == [(2, 6), (2, 3), (2, 0), (2, 0)]
+    assert batches_of_rank([], [True, False]) == [(2, 0)]
+    assert batches_of_rank([batch(2)] * 9, [True] * 3, steps=3) == [(2, 6)] * 3
     with pytest.raises(ValueError, match=r"`validation\.dataset` must hold text for at least one batch"):
-        batches_of_rank(monkeypatch, [], [False])
+        batches_of_rank([], [False])
 
 
 @pytest.mark.parametrize(
@@ -259,7 +224,7 @@ def test_a_run_goes_on_in_other_layouts_with_the_same_records(tmp_path: Path) ->
 
     train_well(config, *ON_TWO_DATA_RANKS, "--training.steps", "3", processes=2)
     train_well(config, "--training.steps", "4")
-    started = torchrun(config, *IN_FOUR_STAGES, processes=2)
+    started = train(config, *IN_FOUR_STAGES, processes=2)
     log = started.stdout
     assert started.returncode == 0, log
 
