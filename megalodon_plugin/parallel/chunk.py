@@ -31,26 +31,6 @@ from megalodon_plugin.ops.timestep_norm.slices import norm_fold, norm_fold_grad
 from .collectives import Ranks, start_gather, wait
 
 
-def check_chunk_parallel(seq_len: int, chunk_size: int, degree: int, names: tuple[str, str, str]) -> None:
-    """Raise ValueError unless `degree` ranks can share rows of `seq_len` tokens in whole chunks.
-
-    `names` are what the user calls the length, the chunk and the degree.
-    """
-    length_name, chunk_name, degree_name = names
-    if degree == 1 or seq_len % (chunk_size * degree) == 0:
-        return
-    step = chunk_size * degree
-    lengths = [n for n in (seq_len // step * step, (seq_len // step + 1) * step) if n]
-    chunks = -(-seq_len // chunk_size)
-    degrees = [n for n in range(1, chunks + 1) if seq_len % (chunk_size * n) == 0]
-    fitting = f", or `{degree_name}` = {' or '.join(map(str, degrees))}" if degrees else ""
-    raise ValueError(
-        f"`{length_name}` must be a multiple of `{chunk_name}` x `{degree_name}` = {chunk_size} x {degree} = {step}, "
-        f"so that every rank holds whole chunks, but is {seq_len}; what would work: "
-        f"`{length_name}` = {' or '.join(map(str, lengths))}{fitting}"
-    )
-
-
 def apply_chunk_parallel(model: nn.Module, ranks: Ranks) -> None:
     """Make every TimestepNorm and CEMA of the model take its prefix from the ranks before this one."""
     for module in model.modules():

@@ -13,14 +13,11 @@ one. The tables below are the whole plan. A block of (B, L, D) exchanges, in the
 So one gathered tensor serves all linear maps that read it, and no map reads features that it could do without.
 """
 
-import math
-
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from megalodon_plugin.model import MegalodonConfig
-
 from .collectives import Ranks
+from .layout import tensor_parallel_refusal
 from .tensor_styles import Style, give_logits, spread
 
 LAYER_PLAN = {
@@ -61,34 +58,15 @@ ROOT_PLAN = {
 TIED_ROOT_PLAN = ROOT_PLAN | {"tok_embeddings": Style(shard=0, scatter_output=True)}
 
 
-def check_tensor_parallel(cfg: MegalodonConfig, degree: int, key: str = "parallelism.tensor_parallel_degree") -> None:
-    """Raise ValueError, naming `key`, unless `degree` ranks can share the model's heads, groups and widths evenly.
-
-    Every rank also needs a row of the output layer: PyTorch's loss on parts of the logits waits for all ranks, and one
-    that holds none would not take part.
-    """
-    # The other widths need no check: heads divide z_dim and value_dim, groups divide dim.
-    sizes = {name: getattr(cfg, name) for name in ("n_heads", "norm_groups", "ffn_dim")}
-    most = math.gcd(*sizes.values())
-    fitting = [n for n in range(1, most + 1) if most % n == 0 and not _ranks_without_rows(cfg.n_outputs, n)]
-    would_work = f"what would work: {' or '.join(map(str, fitting))}"
-    for name, size in sizes.items():
-        if size % degree:
-            raise ValueError(f"`{key}` must divide `{name}` = {size}, but is {degree}; {would_work}")
-    if _ranks_without_rows(cfg.n_outputs, degree):
-        raise ValueError(
-            f"`{key}` must leave every rank a part of the {cfg.n_outputs} rows of the output layer, which are cut into "
-            f"parts of {-(-cfg.n_outputs // degree)}, but is {degree}; {would_work}"
-        )
-
-
 def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh, loss_parallel: bool) -> None:
     """Spread a Megalodon, or a pipeline stage of one, over the ranks of `tp_mesh`; the meta device will do.
 
     It comes before activation checkpointing, torch.compile and FSDP. With `loss_parallel` the logits are a DTensor,
     Shard(-1), as `torch.distributed.tensor.parallel.loss_parallel` takes it; else every rank has all of them.
     """
-    check_tensor_parallel(model.cfg, tp_mesh.size())  # type: ignore[arg-type]
+    reason = tensor_parallel_refusal(model.cfg, tp_mesh.size())  # type: ignore[arg-type]
+    if reason is not None:
+        raise ValueError(reason)
     ranks = Ranks.of(tp_mesh.get_group())
     tied = model.output is not None and model.tok_embeddings is not None and model.cfg.tie_embedding  # type: ignore[union-attr]
     _spread_parts(model, TIED_ROOT_PLAN if tied else ROOT_PLAN, tp_mesh, ranks)
@@ -105,7 +83,3 @@ def _spread_parts(parent: nn.Module, plan: dict[str, Style], mesh: DeviceMesh, r
     for name, style in plan.items():
         if name in parts:  # options and pipeline stages leave some out
             spread(parts[name], style, mesh, ranks)
-
-
-def _ranks_without_rows(rows: int, degree: int) -> bool:
-    return (degree - 1) * -(-rows // degree) >= rows

@@ -1,7 +1,7 @@
 """`megalodon plan`: which layouts of GPUs a job may take, what each needs, and which to take. No GPU is used.
 
-Everything it prints but the parameter count is an estimate: memory from `parallel.estimate`, time from
-`parallel.traffic` and the speeds given as options.
+Everything it prints but the parameter count is an estimate: memory from `planning.memory`, time from
+`planning.traffic` and the speeds given as options.
 """
 
 import argparse
@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 
-from megalodon_plugin.parallel.chunk import check_chunk_parallel
-from megalodon_plugin.parallel.tensor_plan import check_tensor_parallel
+from megalodon_plugin.parallel.layout import DIMENSIONS, ONE_STAGE_A_RANK, Layout, refusal, reshards_after_forward
 
-from .memory import Layout, Memory, Parameter, Stage, Work, parameters_of, rank_memory
+from .memory import Memory, Parameter, Stage, Work, parameters_of, rank_memory
 from .traffic import Exchange, Links, exchanges_of_step
 
 GIB = 2**30
 RESERVE = 0.1
 """Share of the memory left free: the allocator's gaps, attention's scores, NCCL's buffers, the CUDA context."""
-SCHEDULES = ("1F1B", "GPipe")
 
 
 @dataclass(frozen=True)
@@ -168,11 +166,13 @@ def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Job:
 def job_of(options: Any) -> Job:
     """The job of a host's configuration with all degrees 1, its model on the meta device."""
     from megalodon_plugin.model import Megalodon
+    from megalodon_plugin.titan.job_rules import use_own_trainer
     from megalodon_plugin.titan.model_args import Flavors
 
     options = copy.deepcopy(options)
-    for key in ("data_parallel_replicate", "context_parallel", "tensor_parallel", "pipeline_parallel"):
-        setattr(options.parallelism, f"{key}_degree", 1)
+    for dimension in DIMENSIONS.values():
+        setattr(options.parallelism, dimension.key, 1)
+    use_own_trainer(options)  # what `megalodon train` can do is what is planned
     args = Flavors()[options.model.flavor]
     args.update_from_config(options)
     with torch.device("meta"):
@@ -192,7 +192,7 @@ def layouts_of(gpus: int) -> Iterator[Layout]:
             for others in products(rest // first, factors - 1):
                 yield (first, *others)
 
-    for degrees in products(gpus, 5):
+    for degrees in products(gpus, len(DIMENSIONS)):
         yield Layout(*degrees)
 
 
@@ -202,17 +202,18 @@ def candidates(job: Job, known: argparse.Namespace) -> tuple[list[Candidate], st
     The best loses the least time. Estimates do not tell apart what differs by less than a percent of the step, so
     there the one with fewer dimensions comes first, then the one that needs less memory.
     """
+    from megalodon_plugin.titan.job_rules import facts_of
+
     found: list[Candidate] = []
     reasons: dict[str, str] = {}
+    facts = dataclasses.replace(facts_of(job.options, job.args.n_layers), gpus_per_node=known.gpus_per_node)
     links = Links(known.gpus_per_node, known.node_gb_s, known.network_gb_s, known.latency_us)
     for layout in layouts_of(known.gpus):
-        try:
-            check_layout(job, layout, known.gpus_per_node)
-            stages = stages_of(job, layout.pp)
-        except ValueError as error:
-            reasons.setdefault(str(error).split(",")[0], str(error))
+        reason = refusal(layout, job.args, facts) or schedule_refusal(job, layout)
+        if reason is not None:
+            reasons.setdefault(reason.split(",")[0], reason)
             continue
-        found.append(estimate(job, layout, stages, links, known.tflops))
+        found.append(estimate(job, layout, stages_of(job, layout.pp), links, known.tflops))
     found.sort(
         key=lambda c: (
             round(c.lost, 2),
@@ -223,73 +224,30 @@ def candidates(job: Job, known: argparse.Namespace) -> tuple[list[Candidate], st
     return found, "; ".join(list(reasons.values())[:3])
 
 
-def check_layout(job: Job, layout: Layout, gpus_per_node: int) -> None:
-    """Raise ValueError for a layout that the host or the model cannot take."""
-    options, args = job.options, job.args
-    check_tensor_parallel(args, layout.tp)
-    if layout.tp > gpus_per_node or gpus_per_node % layout.tp:
-        raise ValueError(
-            f"`parallelism.tensor_parallel_degree` must divide the {gpus_per_node} GPUs of a node, but is {layout.tp}"
-        )
-    names = ("megalodon.chunk_size", "parallelism.context_parallel_degree")
-    check_chunk_parallel(job.tokens_per_row, args.chunk_size, layout.cp, ("training.seq_len", *names))
-    if options.validation.enable:
-        check_chunk_parallel(options.validation.seq_len, args.chunk_size, layout.cp, ("validation.seq_len", *names))
-    if layout.pp > 1 and args.tie_embedding:
-        raise ValueError("`megalodon.tie_embedding` must be false with pipeline stages, but is True")
-    if layout.gpus > layout.pp and (args.dropout or args.hidden_dropout or args.attention_dropout):
-        raise ValueError("`megalodon.dropout` and its kind must be 0 with data, tensor or context parallel ranks")
-    rows, step = options.training.global_batch_size, options.training.local_batch_size * layout.data
-    if rows > 0 and rows % step:
-        raise ValueError(
-            f"`training.global_batch_size` must be a multiple of `training.local_batch_size` x data parallel ranks = "
-            f"{options.training.local_batch_size} x {layout.data}, but is {rows}"
-        )
+def schedule_refusal(job: Job, layout: Layout) -> str | None:
+    """Why a pipeline under the job's schedule cannot be estimated; None if it can."""
+    schedule = job.options.parallelism.pipeline_parallel_schedule
+    if layout.pp == 1 or schedule in ONE_STAGE_A_RANK:
+        return None
+    return (
+        f"`parallelism.pipeline_parallel_schedule` must be one of {ONE_STAGE_A_RANK} for a plan with stages, but is "
+        f"{schedule!r}"
+    )
 
 
 def stages_of(job: Job, degree: int) -> list[Stage]:
-    """What each rank of a pipeline holds, as the host cuts the model.
-
-    Raises:
-        ValueError: the host cannot cut it so, or the schedule is none that is estimated.
-    """
+    """What each of `degree` ranks of a pipeline holds, as the host cuts the model, where the layout is not refused."""
     if degree == 1:
         return [Stage(job.args.n_layers)]
-    from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
-
     options = job.options.parallelism
-    if options.pipeline_parallel_schedule not in SCHEDULES:
-        raise ValueError(
-            f"`parallelism.pipeline_parallel_schedule` must be one of {SCHEDULES} for a plan with stages, but is "
-            f"{options.pipeline_parallel_schedule!r}"
-        )
-    microbatch, rows = options.pipeline_parallel_microbatch_size, job.options.training.local_batch_size
-    if rows % microbatch:
-        raise ValueError(
-            f"`training.local_batch_size` must be a multiple of `parallelism.pipeline_parallel_microbatch_size` = "
-            f"{microbatch}, but is {rows}"
-        )
     names = options.module_fqns_per_model_part
     if names is None:
+        from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
+
         less = options.pipeline_parallel_first_stage_less_layers, options.pipeline_parallel_last_stage_less_layers
-        if degree > job.args.n_layers:
-            raise ValueError(
-                f"`parallelism.pipeline_parallel_degree` must be at most `n_layers` = {job.args.n_layers}, "
-                f"but is {degree}"
-            )
-        per_stage = options.pipeline_parallel_layers_per_stage
-        if per_stage is not None and -(-(job.args.n_layers + sum(less)) // per_stage) != degree:
-            raise ValueError(
-                f"`parallelism.pipeline_parallel_degree` must fit `pipeline_parallel_layers_per_stage` = {per_stage}, "
-                f"but is {degree}"
-            )
         names = generate_llm_fqn_per_model_part(degree, job.args.n_layers, *less)
-    if len(names) != degree:
-        raise ValueError(
-            f"`parallelism.pipeline_parallel_degree` must be the {len(names)} parts of `module_fqns_per_model_part`, "
-            f"but is {degree}"
-        )
-    waiting = [rows // microbatch] * degree
+    microbatches = job.options.training.local_batch_size // options.pipeline_parallel_microbatch_size
+    waiting = [microbatches] * degree
     if options.pipeline_parallel_schedule == "1F1B":
         waiting = [min(n, degree - rank) for rank, n in enumerate(waiting)]
     layers = [sum(name.startswith("layers.") for name in part) for part in names]
@@ -326,7 +284,7 @@ def estimate(job: Job, layout: Layout, stages: list[Stage], links: Links, tflops
     """A candidate for each of whose numbers the rank that has most of it stands."""
     work, rows = work_of(job, layout)
     policy = job.options.parallelism.fsdp_reshard_after_forward
-    reshard = {"always": True, "never": False, "default": layout.pp == 1}[policy]
+    reshard = reshards_after_forward(policy, layout.pp > 1)
     config = job.args.config
     memory = max(
         (rank_memory(config, job.parameters, work, layout, stage, reshard) for stage in stages), key=lambda m: m.total
@@ -334,7 +292,7 @@ def estimate(job: Job, layout: Layout, stages: list[Stage], links: Links, tflops
     of_stages = [exchanges_of_step(config, job.parameters, work, layout, stage, reshard) for stage in stages]
 
     def by_dimension(exchanges: list[Exchange]) -> dict[str, float]:
-        seconds = dict.fromkeys(("fsdp", "replicate", "tp", "cp", "pp"), 0.0)
+        seconds = dict.fromkeys(DIMENSIONS, 0.0)
         for exchange in exchanges:
             seconds[exchange.dimension] += exchange.messages * links.seconds(exchange)
         return seconds

@@ -16,41 +16,12 @@ from megalodon_plugin.model import MegalodonConfig
 from megalodon_plugin.model.feed_forward import FeedForward
 from megalodon_plugin.ops.cema.tiles import make_plan
 from megalodon_plugin.ops.checks import ACTIVATION_DTYPES
+from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.parallel.tensor_plan import LAYER_PLAN, ROOT_PLAN, TIED_ROOT_PLAN
 
 FLOAT32 = 4
 PARAMETER, GRADIENT, MOMENTS = 4, 4, 8
 """Bytes of a parameter, its gradient and AdamW's two moments, all float32."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Degrees of the five dimensions of the mesh."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp: int = 1
-    tp: int = 1
-    pp: int = 1
-
-    @property
-    def gpus(self) -> int:
-        return self.dp_replicate * self.dp_shard * self.cp * self.tp * self.pp
-
-    @property
-    def data(self) -> int:
-        """Ranks that read different rows."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share the parameters of one replica and stage: those of chunk parallelism too."""
-        return self.dp_shard * self.cp
-
-    @property
-    def has_fsdp(self) -> bool:
-        """Replication alone takes the way of FSDP2 too."""
-        return self.data * self.cp > 1
 
 
 @dataclass(frozen=True)

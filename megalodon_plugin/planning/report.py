@@ -7,17 +7,10 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from .candidates import GIB, RESERVE, Candidate, Job, candidates, with_checkpointing
-from .memory import Layout
-from .traffic import Exchange
+from megalodon_plugin.parallel.layout import DIMENSIONS, Layout
 
-DEGREES = {
-    "dp_replicate": "data_parallel_replicate_degree",
-    "dp_shard": "data_parallel_shard_degree",
-    "tp": "tensor_parallel_degree",
-    "cp": "context_parallel_degree",
-    "pp": "pipeline_parallel_degree",
-}
+from .candidates import GIB, RESERVE, Candidate, Job, candidates, with_checkpointing
+from .traffic import Exchange
 
 
 def report(job: Job, found: list[Candidate], known: argparse.Namespace, overrides: list[str]) -> str:
@@ -38,11 +31,11 @@ def advice(job: Job, found: list[Candidate], known: argparse.Namespace) -> str:
     need = smallest.memory.total / (1 - RESERVE) / GIB
     lines = [
         "No layout fits. What would:",
-        f"  GPUs with {need:.0f} GiB (now {known.memory:g}), as {_degrees_text(smallest.layout)}: {_memory(smallest)}",
+        f"  GPUs with {need:.0f} GiB (now {known.memory:g}), as {_name(smallest.layout)}: {_memory(smallest)}",
     ]
     if smallest.work.checkpointing != "full":
         full = [c for c in candidates(with_checkpointing(job, "full"), known)[0] if c.fits(known.memory)]
-        text = f"fits as {_degrees_text(full[0].layout)}" if full else "is not enough alone"
+        text = f"fits as {_name(full[0].layout)}" if full else "is not enough alone"
         lines.append(f'  activation_checkpoint.mode = "full" {text}')
     for factor in (2, 4, 8, 16):
         more = argparse.Namespace(**vars(known) | {"gpus": known.gpus * factor})
@@ -50,7 +43,7 @@ def advice(job: Job, found: list[Candidate], known: argparse.Namespace) -> str:
             continue
         fitting = [c for c in candidates(job, more)[0] if c.fits(known.memory)]
         if fitting:
-            lines.append(f"  {more.gpus} GPUs, as {_degrees_text(fitting[0].layout)}")
+            lines.append(f"  {more.gpus} GPUs, as {_name(fitting[0].layout)}")
             break
     if job.options.training.local_batch_size > 1:
         lines.append(f"  training.local_batch_size below {job.options.training.local_batch_size}")
@@ -110,12 +103,12 @@ def _head(job: Job, found: list[Candidate], fitting: list[Candidate], known: arg
 
 
 def _table(shown: list[Candidate]) -> str:
-    heads = ["replicate", "shard", "cp", "tp", "pp", "state", "gathered", "saved", "at work", "total GiB"]
+    heads = [*DIMENSIONS, "state", "gathered", "saved", "at work", "total GiB"]
     heads += ["fsdp", "tp", "cp", "pp", "sent GiB", "compute", "exchange", "idle s", "lost"]
     rows = [heads]
     for c in shown:
-        d, m = c.layout, c.memory
-        row = [str(n) for n in (d.dp_replicate, d.dp_shard, d.cp, d.tp, d.pp)]
+        m = c.memory
+        row = list(map(str, c.layout.degrees.values()))
         sizes = (m.parameters + m.gradients + m.moments, m.gathered, m.saved, m.at_work, m.total)
         row += [f"{size / GIB:.1f}" for size in sizes]
         sent = [_sent(c.exchanges, names) for names in (("fsdp", "replicate"), ("tp",), ("cp",), ("pp",))]
@@ -126,9 +119,9 @@ def _table(shown: list[Candidate]) -> str:
 
 
 def _recommendation(best: Candidate, known: argparse.Namespace, overrides: list[str]) -> str:
-    degrees = {key: getattr(best.layout, name) for name, key in DEGREES.items()}
-    toml = ["[parallelism]", *(f"{key} = {degree}" for key, degree in degrees.items())]
-    options = [f"--parallelism.{key} {degree}" for key, degree in degrees.items()]
+    degrees = best.layout.options
+    toml = ["[parallelism]", *(f"{key.removeprefix('parallelism.')} = {degree}" for key, degree in degrees.items())]
+    options = [f"--{key} {degree}" for key, degree in degrees.items()]
     if known.seq_len is not None:
         options.insert(0, f"--training.seq_len {known.seq_len}")
     if overrides:
@@ -140,7 +133,7 @@ def _recommendation(best: Candidate, known: argparse.Namespace, overrides: list[
     else:
         start = f"megalodon train {config} --nproc {known.gpus}"
     return "\n".join(
-        [f"Recommended: {_degrees_text(best.layout)}; {_memory(best)}. In the file", "", *_indented(toml), ""]
+        [f"Recommended: {_name(best.layout)}; {_memory(best)}. In the file", "", *_indented(toml), ""]
         + ["or on the command line" + (", on every node" if nodes > 1 else ""), ""]
         + _indented([" \\\n      ".join([start, *options])])
     )
@@ -169,9 +162,8 @@ def _memory(c: Candidate) -> str:
     return f"{c.memory.total / GIB:.1f} GiB a rank"
 
 
-def _degrees_text(layout: Layout) -> str:
-    named = [(name, degree) for name, degree in dataclasses.asdict(layout).items() if degree > 1]
-    return " x ".join(f"{name} {degree}" for name, degree in named) or "one GPU"
+def _name(layout: Layout) -> str:
+    return "one GPU" if layout.gpus == 1 else str(layout)
 
 
 def _indented(lines: Iterable[str]) -> list[str]:

@@ -8,8 +8,9 @@ import math
 from dataclasses import dataclass
 
 from megalodon_plugin.model import MegalodonConfig
+from megalodon_plugin.parallel.layout import Layout
 
-from .memory import FLOAT32, Layout, Parameter, Stage, Work, parameters_on
+from .memory import FLOAT32, Parameter, Stage, Work, parameters_on
 
 
 @dataclass(frozen=True)

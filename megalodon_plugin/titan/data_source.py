@@ -26,6 +26,7 @@ from megalodon_plugin.data.reader import TextReader
 from megalodon_plugin.model.config import check_types
 
 from .job_config import Data
+from .job_rules import carries_state
 from .tokenizer import load_tokenizer
 
 LOCAL_TEXT = "local_text"
@@ -77,11 +78,6 @@ def _checked(source: TextSource, section: str) -> TextSource:
     if source.dataset.lower() not in names:
         raise ValueError(f'`{section}.dataset` must be one of {", ".join(names)}, but is "{source.dataset}"')
     return source
-
-
-def carries_state(job_config: JobConfig) -> bool:
-    """Whether the job's rows follow documents. Any other value than true counts as false here and is refused later."""
-    return getattr(getattr(job_config, "megalodon", None), "carry_state", False) is True
 
 
 def rows_of_step(job_config: JobConfig, dp_world_size: int) -> int:

@@ -19,7 +19,8 @@ from megalodon_plugin.data.prefetch import Prefetch
 from megalodon_plugin.data.rank_rows import RankRows, lanes_of_rank
 from megalodon_plugin.data.rows import Cursor, Row
 
-from .data_source import OWN_DATASETS, carries_state, check_batch, corpus_of, rows_of_step, source_of
+from .data_source import OWN_DATASETS, check_batch, corpus_of, rows_of_step, source_of
+from .job_rules import carries_state, check_other_dataset
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 # A batch, and the rank's position and cursors after it.
@@ -32,11 +33,7 @@ def build_text_dataloader(
     """Loader of `training.dataset`: endless and shuffled, or, if not `infinite`, one pass in order."""
     training = job_config.training
     if not source_of(job_config, "training").is_own:
-        if carries_state(job_config):
-            raise ValueError(
-                f"`training.dataset` must be one of {', '.join(OWN_DATASETS)} with `megalodon.carry_state`, whose rows "
-                f'follow documents, but is "{training.dataset}"'
-            )
+        check_other_dataset(job_config, OWN_DATASETS)
         return text_datasets.build_text_dataloader(dp_world_size, dp_rank, tokenizer, job_config, infinite)
     if carries_state(job_config):
         n_lanes = rows_of_step(job_config, dp_world_size)

@@ -1,55 +1,37 @@
-"""Which layouts of ranks a job may ask for, checked before anything is built."""
+"""What a job may ask for, checked before anything is built, and what the adapter changes in its configuration."""
 
+import dataclasses
+import os
+from collections.abc import Iterable
 from typing import Any
 
 from torchtitan.tools.logging import logger
 
-from megalodon_plugin.parallel.chunk import check_chunk_parallel
-from megalodon_plugin.parallel.tensor_plan import check_tensor_parallel
-
-OWN_ENTRY = "python -m torch.distributed.run -m megalodon_plugin.cli.train"
+from megalodon_plugin.model import MegalodonConfig
+from megalodon_plugin.parallel.layout import DIMENSIONS, OWN_ENTRY, Job, Layout, check_layout
 
 FLOAT8 = "quantize.linear.float8"
 
-_own_entry = False
 
-
-def mark_own_entry() -> None:
-    """Called by the plugin's Trainer: what the stock Trainer would train wrongly is right from here on."""
-    global _own_entry
-    _own_entry = True
-
-
-def is_own_entry() -> bool:
-    """Whether the plugin's Trainer runs this process."""
-    return _own_entry
-
-
-def check_job(job_config: Any, args: Any) -> None:
-    """Raise ValueError for a layout that the stock entry would train wrongly or that the model cannot take.
-
-    Also sets two of the host's options that have no right default for this model: see the functions below.
+def use_own_trainer(job_config: Any) -> None:
+    """Note in the job's configuration that the plugin's Trainer trains it. The host hands this object, and nothing that
+    names the Trainer, to all that it builds.
     """
+    job_config.own_trainer = True
+
+
+def has_own_trainer(job_config: Any) -> bool:
+    """Whether the plugin's Trainer trains the job, not the host's."""
+    return getattr(job_config, "own_trainer", False)
+
+
+def check(job_config: Any, config: MegalodonConfig, own_trainer: bool) -> None:
+    """Raise ValueError, naming option, rule and value, for what the model or, without the plugin's Trainer, the stock
+    entry cannot train. Changes nothing.
+    """
+    job = dataclasses.replace(facts_of(job_config, config.n_layers), own_trainer=own_trainer)
+    check_layout(layout_of(job_config), config, job)
     parallelism = job_config.parallelism
-    needs_own_trainer = {
-        "pipeline_parallel_degree": "its loss is divided by the token count only after the backward pass "
-        "(torchtitan #2972), so that clipping would always fire",
-        "context_parallel_degree": "its metrics count every token once a rank (torchtitan #2983, #3111)",
-    }
-    for key, reason in needs_own_trainer.items():
-        degree = getattr(parallelism, key)
-        if degree > 1 and not _own_entry:
-            raise ValueError(
-                f"`parallelism.{key}` must be 1 under the stock entry, but is {degree}: {reason}. "
-                f"Start the job with `{OWN_ENTRY}` or `megalodon train`"
-            )
-    check_tensor_parallel(args, parallelism.tensor_parallel_degree)
-    names = ("megalodon.chunk_size", "parallelism.context_parallel_degree")
-    lengths = {"training.seq_len": job_config.training.seq_len}
-    if job_config.validation.enable:
-        lengths["validation.seq_len"] = job_config.validation.seq_len
-    for name, length in lengths.items():
-        check_chunk_parallel(length, args.chunk_size, parallelism.context_parallel_degree, (name, *names))
     if parallelism.expert_parallel_degree > 1:
         raise ValueError(
             f"`parallelism.expert_parallel_degree` must be 1, but is {parallelism.expert_parallel_degree}: the model "
@@ -57,81 +39,131 @@ def check_job(job_config: Any, args: Any) -> None:
         )
     if parallelism.enable_async_tensor_parallel:
         raise ValueError(
-            "`parallelism.enable_async_tensor_parallel` must be false, but is true: it knows gathers over time only, "
+            "`parallelism.enable_async_tensor_parallel` must be false, but is true: it covers gathers over time only, "
             "and the plugin's are over features"
         )
-    if parallelism.pipeline_parallel_degree > 1 and args.tie_embedding:
+    balancer = parallelism.context_parallel_load_balancer
+    if balancer not in (None, "headtail"):
         raise ValueError(
-            "`megalodon.tie_embedding` must be false with `parallelism.pipeline_parallel_degree` = "
-            f"{parallelism.pipeline_parallel_degree}: the embedding and the output layer lie on different ranks"
+            f"`parallelism.context_parallel_load_balancer` must be left at its default, but is {balancer!r}: CEMA "
+            "reads tokens in order, so every rank takes a contiguous slice, and all have the same work"
         )
-    _check_carried_state(job_config, args)
-    _turn_off_load_balancer(parallelism)
-    if FLOAT8 in job_config.model.converters:
-        _check_float8(args, parallelism.tensor_parallel_degree)
-        _leave_output_out_of_float8(job_config)
+    _check_carried_state(job, config)
 
 
-def _check_carried_state(job_config: Any, args: Any) -> None:
-    """A carried state is whole on one rank, which the rows that it belongs to must be too."""
+def amend(job_config: Any) -> None:
+    """Change two of the host's options that have no right default for this model; the log says which.
+
+    The load balancer of context parallelism permutes tokens, which a recurrent model cannot take, and TOML has no way
+    to say None. And the host converts the output layer to float8 too, where logits lose quality for little speed.
+    """
+    parallelism = job_config.parallelism
+    if parallelism.context_parallel_load_balancer is not None and parallelism.context_parallel_degree > 1:
+        logger.info("Context parallel load balancer off: every rank takes a contiguous slice of whole chunks")
+    parallelism.context_parallel_load_balancer = None
+    if FLOAT8 not in job_config.model.converters:
+        return
+    float8 = job_config.quantize.linear.float8
+    if "output" not in float8.filter_fqns:
+        logger.info("float8 leaves the output layer out")
+        float8.filter_fqns = [*float8.filter_fqns, "output"]
+    if float8.enable_fsdp_float8_all_gather and parallelism.data_parallel_shard_degree == 1:
+        logger.warning(
+            "`quantize.linear.float8.enable_fsdp_float8_all_gather` does nothing with "
+            "`parallelism.data_parallel_shard_degree` = 1: weights are gathered in the low dtype"
+        )
+
+
+def layout_of(job_config: Any) -> Layout:
+    """The layout that the job asks for. A sharding degree of -1 takes the ranks that the other degrees leave."""
+    degrees = {of.field: getattr(job_config.parallelism, of.key) for of in DIMENSIONS.values()}
+    if degrees["dp_shard"] == -1:
+        others = Layout(**degrees | {"dp_shard": 1}).gpus
+        degrees["dp_shard"] = max(1, int(os.environ.get("WORLD_SIZE", 1)) // others)
+    return Layout(**degrees)
+
+
+def facts_of(job_config: Any, n_layers: int) -> Job:
+    """What the rules of layouts need of the job, whose model has `n_layers` layers."""
+    training, parallelism = job_config.training, job_config.parallelism
+    lengths = {"training.seq_len": training.seq_len}
+    if job_config.validation.enable:
+        lengths["validation.seq_len"] = job_config.validation.seq_len
+    return Job(
+        lengths=lengths,
+        local_rows=training.local_batch_size,
+        rows=training.global_batch_size if training.global_batch_size > 0 else None,
+        microbatch_rows=parallelism.pipeline_parallel_microbatch_size,
+        schedule=parallelism.pipeline_parallel_schedule,
+        stages=_stages_asked_for(parallelism, n_layers),
+        carry_state=carries_state(job_config),
+        float8=FLOAT8 in job_config.model.converters,
+    )
+
+
+def _stages_asked_for(parallelism: Any, n_layers: int) -> int | None:
+    """Into how many stages the job's options cut the model; None: the host makes as many as it needs."""
+    if parallelism.module_fqns_per_model_part is not None:
+        return len(parallelism.module_fqns_per_model_part)
+    if parallelism.pipeline_parallel_layers_per_stage is None:
+        return None
+    # The host counts the embedding and the output layer as so many layers.
+    first, last = (getattr(parallelism, f"pipeline_parallel_{end}_stage_less_layers") for end in ("first", "last"))
+    return -(-(n_layers + first + last) // parallelism.pipeline_parallel_layers_per_stage)
+
+
+# A carried state. Layouts that cannot carry one are refused above, checkpoints that lack one in checkpoint_checks.
+
+
+def carries_state(job_config: Any) -> bool:
+    """`megalodon.carry_state`: whether rows of consecutive steps continue one document. False for a job without the
+    plugin's section.
+
+    Raises:
+        ValueError: it is not true or false.
+    """
     carry = getattr(getattr(job_config, "megalodon", None), "carry_state", False)
     if not isinstance(carry, bool):
         raise ValueError(f"`megalodon.carry_state` must be true or false, but is {carry!r}")
-    if not carry:
-        return
-    if not _own_entry:
+    return carry
+
+
+def _check_carried_state(job: Job, config: MegalodonConfig) -> None:
+    if job.carry_state and not job.own_trainer:
         raise ValueError(
             "`megalodon.carry_state` must be false under the stock entry, whose Trainer carries nothing from step to "
             f"step, but is true. Start the job with `{OWN_ENTRY}` or `megalodon train`"
         )
-    for key, reason in {
-        "context_parallel_degree": "it shares one row over ranks; use it without a carried state, or a carried state "
-        "with shorter rows",
-        "tensor_parallel_degree": "its ranks hold the features and heads of one state",
-        "pipeline_parallel_degree": "its stages exchange activations alone",
-    }.items():
-        degree = getattr(job_config.parallelism, key)
-        if degree > 1:
-            raise ValueError(f"`parallelism.{key}` must be 1 with `megalodon.carry_state`, but is {degree}: {reason}")
-    if args.attention_dropout > 0:
+    if job.carry_state and config.attention_dropout > 0:
         raise ValueError(
             "`megalodon.attention_dropout` must be 0 with `megalodon.carry_state`, but is "
-            f"{args.attention_dropout}: attention to carried keys and values has none"
+            f"{config.attention_dropout}: attention to carried keys and values has none"
         )
 
 
-def _turn_off_load_balancer(parallelism: Any) -> None:
-    """The host's default permutes tokens, which a recurrent model cannot take, and TOML has no way to say None."""
-    asked = parallelism.context_parallel_load_balancer
-    if asked not in (None, "headtail"):
+def check_other_model(job_config: Any) -> None:
+    """Raise ValueError if a model of the host's is to carry a state."""
+    if carries_state(job_config):
         raise ValueError(
-            f"`parallelism.context_parallel_load_balancer` must be left at its default, but is {asked!r}: CEMA reads "
-            "tokens in order, so every rank takes a contiguous slice, and all have the same work"
+            "`megalodon.carry_state` must be false for other models than megalodon, but is true with `model.name` "
+            f'= "{job_config.model.name}"'
         )
-    if asked is not None and parallelism.context_parallel_degree > 1:
-        logger.info("Context parallel load balancer off: every rank takes a contiguous slice of whole chunks")
-    parallelism.context_parallel_load_balancer = None
 
 
-def _check_float8(args: Any, degree: int) -> None:
-    """The float8 product takes multiples of 16, of which the host checks whole matrices and not a rank's part."""
-    for name in ("dim", "z_dim", "value_dim", "ffn_dim"):
-        size = getattr(args, name)
-        if size % 16 == 0 and size % (16 * degree):
-            raise ValueError(
-                f"`megalodon.{name}` must be a multiple of {16 * degree} for float8 on "
-                f"`parallelism.tensor_parallel_degree` = {degree} ranks, whose parts are multiples of 16, but is {size}"
-            )
+def check_other_dataset(job_config: Any, own_datasets: Iterable[str]) -> None:
+    """Raise ValueError if rows of a data set of the host's are to carry a state."""
+    if carries_state(job_config):
+        raise ValueError(
+            f"`training.dataset` must be one of {', '.join(own_datasets)} with `megalodon.carry_state`, whose rows "
+            f'follow documents, but is "{job_config.training.dataset}"'
+        )
 
 
-def _leave_output_out_of_float8(job_config: Any) -> None:
-    """Logits from float8 weights cost quality for little speed, and the host filters nothing by default."""
-    options = job_config.quantize.linear.float8
-    if "output" not in options.filter_fqns:
-        logger.info("float8 leaves the output layer out")
-        options.filter_fqns = [*options.filter_fqns, "output"]
-    if options.enable_fsdp_float8_all_gather and job_config.parallelism.data_parallel_shard_degree == 1:
-        logger.warning(
-            "`quantize.linear.float8.enable_fsdp_float8_all_gather` does nothing with "
-            "`parallelism.data_parallel_shard_degree` = 1: weights are gathered in the low dtype"
+def check_loading_of_carried_state(job_config: Any) -> None:
+    """Raise ValueError if a job that carries a state is to load the rows' positions without it."""
+    excluded = job_config.checkpoint.exclude_from_loading
+    if carries_state(job_config) and "train_state" in excluded and "dataloader" not in excluded:
+        raise ValueError(
+            "`checkpoint.exclude_from_loading` must not name train_state without dataloader with "
+            "`megalodon.carry_state`: rows would go on without the state of what they have read"
         )

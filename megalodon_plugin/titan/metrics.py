@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, _get_metrics_rank
 
-from . import job_rules as layout
+from .job_rules import has_own_trainer
 from .loss_totals import Losses
 from .model_json import write_model_json
 
@@ -120,6 +120,6 @@ def build_metrics(job_config: Any, parallel_dims: Any, model_args: Any = None, t
     Under the stock entry it also writes `model.json`: it is the one call that gets the model's arguments. The plugin's
     own Trainer writes it after its checks.
     """
-    if not layout.is_own_entry() and model_args is not None and torch.distributed.get_rank() == 0:
+    if not has_own_trainer(job_config) and model_args is not None and torch.distributed.get_rank() == 0:
         write_model_json(job_config, model_args)
     return JsonLinesMetrics(job_config, parallel_dims, tag)

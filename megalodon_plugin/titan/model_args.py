@@ -14,7 +14,7 @@ from megalodon_plugin.ops.cema.op import cema_flops
 from megalodon_plugin.ops.chunk_attention.op import chunk_attention_flops
 from megalodon_plugin.ops.dispatch import set_kernels
 
-from . import job_rules as layout
+from . import job_rules
 from .job_config import WEIGHT_DECAY_ON
 from .tokenizer import vocab_size_of
 
@@ -74,7 +74,8 @@ class MegalodonModelArgs(MegalodonConfig, BaseModelArgs):
             raise ValueError(
                 f"`megalodon.output_size` must be at least the tokenizer's {tokens} tokens, but is {self.n_outputs}"
             )
-        layout.check_job(job_config, self)
+        job_rules.check(job_config, self, job_rules.has_own_trainer(job_config))
+        job_rules.amend(job_config)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters (a shared one once) and floating-point operations a trained token.

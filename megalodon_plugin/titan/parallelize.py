@@ -19,6 +19,7 @@ from megalodon_plugin.model.output import OutputLayer
 from megalodon_plugin.model.precision import float32_parameters
 from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
+from megalodon_plugin.parallel.layout import reshards_after_forward
 from megalodon_plugin.parallel.tensor_plan import apply_tensor_parallel
 
 from .host_patches import dense_mesh
@@ -47,10 +48,8 @@ SAVED_OPS = {
 def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
     """The model, or a pipeline stage of it, with what the job asks for. Call it on the meta device.
 
-    Raises:
-        ValueError: dropout on several ranks.
+    That the layout can train the model has been checked with the job (see `job_rules`).
     """
-    _check_dropout(model, parallel_dims)
     if parallel_dims.tp_enabled:
         loss_parallel = not job_config.parallelism.disable_loss_parallel
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), loss_parallel)
@@ -110,18 +109,6 @@ def _set_loss(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) ->
     output.compile_loss = job_config.compile.enable and "loss" in job_config.compile.components
 
 
-def _check_dropout(model: nn.Module, parallel_dims: ParallelDims) -> None:
-    ranks = {"data parallel": parallel_dims.dp_replicate * parallel_dims.dp_shard}
-    ranks |= {"context parallel": parallel_dims.cp, "tensor parallel": parallel_dims.tp}
-    asked = [name for name in ("dropout", "hidden_dropout", "attention_dropout") if getattr(model.cfg, name) > 0]
-    several = [f"{name} degree {degree}" for name, degree in ranks.items() if degree > 1]
-    if asked and several:
-        raise ValueError(
-            f"`megalodon.{asked[0]}` must be 0 with {several[0]}, but is {getattr(model.cfg, asked[0])}: the host "
-            "seeds all these ranks alike, so they would drop the same places"
-        )
-
-
 def data_mesh(parallel_dims: ParallelDims, mixed_precision: bool) -> DeviceMesh | None:
     """The mesh that parameters are sharded and replicated over, chunk parallel ranks included; None without one.
 
@@ -157,7 +144,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, parallel_dims: ParallelDims,
     matrices = set(model.parameters()) - float32_parameters(model)
     fully_shard(model, mp_policy=full, ignored_params=matrices, **common)
     common |= {"mp_policy": low, "ignored_params": float32_parameters(model)}  # other objects than before: sharded
-    reshard = {"always": True, "never": False, "default": not parallel_dims.pp_enabled}[policy]
+    reshard = reshards_after_forward(policy, parallel_dims.pp_enabled)
     for layer in model.layers.values():  # type: ignore[operator, union-attr]
         fully_shard(layer, reshard_after_forward=reshard, **common)
     ends = [module for module in (model.tok_embeddings, model.output) if module is not None]

@@ -13,7 +13,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
-from . import job_rules as layout
+from . import job_rules
 from .carried_state import CarriedStates, CarryingLoss
 from .checkpoint_checks import (
     check_data,
@@ -24,7 +24,7 @@ from .checkpoint_checks import (
     remove_incomplete,
     saved_tensors,
 )
-from .data_source import HOST_VALIDATION, carries_state
+from .data_source import HOST_VALIDATION
 from .dataloader import Batch, DocumentLoader
 from .host_patches import around_load
 from .loss import ScaledLoss
@@ -52,14 +52,11 @@ class MegalodonTrainer(Trainer):
 
     def __init__(self, job_config: Any):
         if job_config.model.name == "megalodon":
-            layout.mark_own_entry()
-        elif carries_state(job_config):
-            raise ValueError(
-                "`megalodon.carry_state` must be false for other models than megalodon, but is true with `model.name` "
-                f'= "{job_config.model.name}"'
-            )
-        elif not job_config.validation.dataset:  # the plugin's default, which the host's loaders do not take
-            job_config.validation.dataset = HOST_VALIDATION
+            job_rules.use_own_trainer(job_config)
+        else:
+            job_rules.check_other_model(job_config)
+            if not job_config.validation.dataset:  # the plugin's default, which the host's loaders do not take
+                job_config.validation.dataset = HOST_VALIDATION
         if job_config.training.enable_cpu_offload and utils.device_type == "cpu":
             raise ValueError("`training.enable_cpu_offload` must be false on a machine without a GPU, but is true")
         self._saves_random_state = True
@@ -134,11 +131,7 @@ class MegalodonTrainer(Trainer):
         if with_data:
             check_data(checkpoint, saved, self.dataloader)
         if self._carried is not None:
-            if with_data and "train_state" in checkpoint_options.exclude_from_loading:
-                raise ValueError(
-                    "`checkpoint.exclude_from_loading` must not name train_state without dataloader with "
-                    "`megalodon.carry_state`: rows would go on without the state of what they have read"
-                )
+            job_rules.check_loading_of_carried_state(self.job_config)
             if with_data:
                 check_same_shapes(checkpoint, saved, self._carried.state_dict())
             else:

@@ -13,80 +13,67 @@ from megalodon_plugin.bench.parallel.exchanges import differences
 from megalodon_plugin.bench.parallel.rank import Task
 from megalodon_plugin.bench.parallel.report import check_line, draw, table
 from megalodon_plugin.bench.parallel.rows import add_ratios, check_against_single, deviation, merged
-from megalodon_plugin.bench.parallel.run import SMALL, _reason_of_model
+from megalodon_plugin.bench.parallel.run import SMALL
 from megalodon_plugin.bench.parallel.scenarios import (
-    ONE,
     default_layouts,
-    name_of,
-    parse_layout,
-    reason_against,
+    refusal_of,
     simulated_scenarios,
     strong,
     weak,
 )
 from megalodon_plugin.cli.main import main
+from megalodon_plugin.parallel.layout import ONE_RANK, Layout
 
 from support.processes import HANG_S
 from support.tiny_job import environment
 
 
-@pytest.mark.parametrize("name", ["1", "cp 8", "fsdp 2 x cp 4", "replicate 2 x fsdp 4 x cp 2 x tp 2 x pp 2"])
-def test_layouts_have_names(name: str) -> None:
-    assert name_of(parse_layout(name)) == name
-
-
-@pytest.mark.parametrize("text", ["", "cp", "cp 0", "cp -2", "ring 2", "cp 2 x cp 2", "cp 2, tp 2", "cp ²"])
-def test_what_is_no_layout_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="a layout must be degrees of"):
-        parse_layout(text)
-
-
 def test_default_layouts_fit_the_gpus_and_hold_every_dimension_alone() -> None:
-    assert default_layouts(1) == [ONE]
-    names = [name_of(layout) for layout in default_layouts(7)]
+    assert default_layouts(1) == [ONE_RANK]
+    names = [str(layout) for layout in default_layouts(7)]
     assert {"cp 2", "tp 4", "pp 4", "fsdp 4", "fsdp 2 x cp 2"} <= set(names)
-    assert max(parse_layout(name).gpus for name in names) == 4
+    assert max(Layout.parse(name).gpus for name in names) == 4
     assert max(layout.gpus for layout in default_layouts(8)) == 8
 
 
 @pytest.mark.parametrize(
     ("name", "rows", "length", "local"),
     [
-        ("1", 1, 100, 1),
-        ("cp 8", 1, 800, 1),
-        ("fsdp 8", 8, 100, 1),
-        ("fsdp 2 x cp 4", 2, 400, 1),
-        ("tp 4", 4, 100, 4),
-        ("fsdp 2 x pp 4", 8, 100, 4),
+        ("1", 1, 4096, 1),
+        ("cp 8", 1, 8 * 4096, 1),
+        ("fsdp 8", 8, 4096, 1),
+        ("fsdp 2 x cp 4", 2, 4 * 4096, 1),
+        ("tp 4", 4, 4096, 4),
+        ("fsdp 2 x pp 4", 8, 4096, 4),
     ],
 )
 def test_weak_scaling_gives_every_gpu_as_many_tokens(name: str, rows: int, length: int, local: int) -> None:
-    scenario = weak("debug", "megalodon", parse_layout(name), 100)
+    scenario = weak("7B-width", "megalodon", Layout.parse(name), 4096)
     assert (scenario.rows, scenario.length, scenario.local_rows) == (rows, length, local)
-    assert scenario.tokens == 100 * scenario.layout.gpus
-    assert reason_against(scenario, mixed_precision=True) is None
+    assert scenario.tokens == 4096 * scenario.layout.gpus
+    assert refusal_of(scenario, mixed_precision=True) is None
 
 
 @pytest.mark.parametrize(
     ("name", "local"), [("1", 2), ("cp 2", 4), ("fsdp 2", 2), ("fsdp 4", 2), ("fsdp 8", 1), ("tp 4", 8), ("pp 4", 8)]
 )
 def test_strong_scaling_accumulates_what_a_gpu_cannot_take_at_once(name: str, local: int) -> None:
-    scenario = strong("debug", "megalodon", parse_layout(name), length=50, tokens_per_step=400, tokens_per_gpu=100)
+    scenario = strong("debug", "megalodon", Layout.parse(name), length=50, tokens_per_step=400, tokens_per_gpu=100)
     assert (scenario.rows, scenario.length, scenario.local_rows) == (8, 50, local)
 
 
 def test_what_is_not_timed_is_told() -> None:
     def reason(name: str, length: int, model: str = "megalodon", mixed_precision: bool = True) -> str | None:
-        scenario = strong("debug", model, parse_layout(name), length, 400, 100)
-        return reason_against(scenario, mixed_precision)
+        scenario = strong("7B-width", model, Layout.parse(name), length * 4096, 8 * 4096, 2 * 4096)
+        return refusal_of(scenario, mixed_precision)
 
-    assert reason("cp 8", 1000) is None
-    assert reason("fsdp 2", 1000) == "1 rows do not go round 2 data parallel ranks of fsdp 2"
-    assert reason("pp 4", 200) == "2 rows are fewer than the 4 stages of pp 4"
-    assert reason("tp 2", 50) is None
-    assert reason("tp 2", 50, "llama") == "the host runs Llama under tp 2 in float32, without FSDP"
-    assert reason("tp 2", 50, "llama", mixed_precision=False) is None
-    assert reason("fsdp 2 x tp 2", 50, "llama") is None
+    assert reason("cp 8", 24) is None
+    assert "x data parallel ranks = 1 x 2, but is 1" in str(reason("fsdp 2", 24))
+    assert "= 1 x 4 under the schedule 1F1B, but is 2" in str(reason("pp 4", 4))
+    assert reason("tp 2", 1) is None
+    assert reason("tp 2", 1, "llama") == "the host runs Llama under tp 2 in float32, without FSDP"
+    assert reason("tp 2", 1, "llama", mixed_precision=False) is None
+    assert reason("fsdp 2 x tp 2", 1, "llama") is None
 
 
 @pytest.mark.parametrize(
@@ -95,22 +82,27 @@ def test_what_is_not_timed_is_told() -> None:
         ("1.3B", "megalodon", "tp 2", None),
         ("1.3B", "megalodon", "tp 4", "must divide `n_heads` = 2, but is 4"),
         ("7B-width", "megalodon", "pp 4", None),
-        ("7B-width", "megalodon", "pp 8", "4 layers are fewer than the 8 stages of pp 8"),
-        ("7B-width", "llama", "pp 8", "4 layers are fewer than the 8 stages of pp 8"),
+        ("7B-width", "megalodon", "pp 8", "must be at most `n_layers` = 4, but is 8"),
+        ("7B-width", "llama", "pp 8", "must be at most `n_layers` = 4, but is 8"),
         ("7B-width", "llama", "fsdp 2 x tp 4", None),
         ("7B-width", "megalodon", "cp 8", None),
-        ("7B-width", "megalodon", "cp 16", "must be a multiple of `chunk_size` x `cp` = 4096 x 16"),
+        (
+            "7B-width",
+            "megalodon",
+            "cp 16",
+            "must be a multiple of `megalodon.chunk_size` x `parallelism.context_parallel_degree` = 4096 x 16",
+        ),
     ],
 )
 def test_what_a_models_sizes_do_not_allow_is_told(size: str, model: str, name: str, reason: str | None) -> None:
-    layout = parse_layout(name)
-    found = _reason_of_model(strong(size, model, layout, 32768, 262144, 32768))
+    layout = Layout.parse(name)
+    found = refusal_of(strong(size, model, layout, 32768, 262144, 32768), mixed_precision=False)
     assert found is None if reason is None else reason in str(found)
 
 
 def row(layout: str, speed: float, scaling: str = "weak", **more: Any) -> dict[str, Any]:
     found = {"scaling": scaling, "size": "debug", "model": "megalodon", "layout": layout, "tokens_per_s": speed}
-    found |= {"gpus": parse_layout(layout).gpus, "rows": 2, "length": 64, "tokens_per_gpu": 64}
+    found |= {"gpus": Layout.parse(layout).gpus, "rows": 2, "length": 64, "tokens_per_gpu": 64}
     return found | {"losses_and_norms": [[2.0, 1.0]]} | more
 
 
@@ -187,7 +179,7 @@ def test_exchanges_that_differ_from_the_formulas_are_told() -> None:
 
 def test_simulated_cases_begin_with_one_gpu_and_say_so() -> None:
     scenarios = simulated_scenarios(["debug"], [8, 256], 1024)
-    assert [name_of(scenario.layout) for scenario in scenarios][:3] == ["1", "fsdp 8", "cp 8"]
+    assert [str(scenario.layout) for scenario in scenarios][:3] == ["1", "fsdp 8", "cp 8"]
     assert {scenario.scaling for scenario in scenarios} == {"simulated"}
     assert {scenario.tokens // scenario.layout.gpus for scenario in scenarios} == {1024}
 
@@ -229,7 +221,7 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
     def run_nothing(tasks: list[Task], timeout: float, log: Path) -> Iterator[list[dict[str, Any]]]:
         for task in tasks:
             layout = task.job.layout
-            name = name_of(layout)
+            name = str(layout)
             if dict(task.job.options) != SMALL:
                 timed.append(name)
                 yield [{"seconds": 1.0, "tokens_per_s": 1.0, "losses_and_norms": [[2.0, 1.0]]}] * layout.gpus

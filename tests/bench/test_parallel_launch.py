@@ -14,10 +14,11 @@ from megalodon_plugin.bench.parallel.launch import command_of_a_rank, run_tasks,
 from megalodon_plugin.bench.parallel.rank import Task
 from megalodon_plugin.bench.parallel.rows import merged
 from megalodon_plugin.bench.parallel.run import SMALL
-from megalodon_plugin.bench.parallel.scenarios import Scenario, parse_layout
+from megalodon_plugin.bench.parallel.scenarios import Scenario
 from megalodon_plugin.bench.parallel.simulate import simulated_row
 from megalodon_plugin.bench.train.job import TrainingJob
 from megalodon_plugin.bench.train.trainer import LEAST_STEPS
+from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.planning.traffic import Links
 
 from support.processes import HANG_S
@@ -25,7 +26,7 @@ from support.tiny_job import environment
 
 
 def small_job(name: str, rows: int = 8, **more: Any) -> TrainingJob:
-    layout = parse_layout(name)
+    layout = Layout.parse(name)
     how: dict[str, Any] = {"compiled": False, "low_precision": False, "layout": layout, "rows": rows}
     return TrainingJob("megalodon", tuple(SMALL.items()), rows // layout.data, 128, **how | more)
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalodon_plugin.checkpoint import from_authors, to_authors
 from megalodon_plugin.model import Megalodon, MegalodonConfig
-from megalodon_plugin.parallel.chunk import apply_chunk_parallel, check_chunk_parallel
+from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
 
 from support.golden_cases import F64_TOLERANCE, PRESENT, assert_close, case_names, config_kwargs, group, load
@@ -244,17 +244,3 @@ def test_all_ranks_compile_the_same_graph() -> None:
     for ops in first:
         assert sum("gather_summaries" in op for op in ops) == 2
     assert len(first) == 2 and all(graphs == first for graphs in others)
-
-
-@pytest.mark.parametrize(("length", "chunk", "degree"), [(64, 16, 4), (30, 16, 1), (96, 16, 3)])
-def test_lengths_of_whole_chunks_are_accepted(length: int, chunk: int, degree: int) -> None:
-    check_chunk_parallel(length, chunk, degree, ("seq_len", "chunk_size", "degree"))
-
-
-def test_other_lengths_are_refused_with_numbers_that_work() -> None:
-    with pytest.raises(ValueError) as refused:
-        check_chunk_parallel(96, 16, 4, ("training.seq_len", "chunk_size", "degree"))
-    assert str(refused.value) == (
-        "`training.seq_len` must be a multiple of `chunk_size` x `degree` = 16 x 4 = 64, so that every rank holds "
-        "whole chunks, but is 96; what would work: `training.seq_len` = 64 or 128, or `degree` = 1 or 2 or 3 or 6"
-    )

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalodon_plugin.model import PRESETS, Megalodon, MegalodonConfig
-from megalodon_plugin.parallel.tensor_plan import LAYER_PLAN, apply_tensor_parallel, check_tensor_parallel
+from megalodon_plugin.model import Megalodon, MegalodonConfig
+from megalodon_plugin.parallel.tensor_plan import LAYER_PLAN, apply_tensor_parallel
 
 from support.ranks import run_on_ranks
 
@@ -290,24 +290,3 @@ def test_pipeline_stages_without_ends(four_ranks: DeviceMesh) -> None:
 def test_the_plan_names_modules_of_a_layer() -> None:
     layer = make_model(**RICH).layers["0"]
     assert LAYER_PLAN.keys() <= dict(layer.named_modules()).keys()
-
-
-@pytest.mark.parametrize(
-    ("options", "degree", "message"),
-    [
-        ({}, 3, r"`tp` must divide `n_heads` = 4, but is 3; what would work: 1 or 2 or 4$"),
-        ({}, 8, r"`tp` must divide `n_heads` = 4, but is 8; what would work: 1 or 2 or 4$"),
-        ({"norm_groups": 2}, 4, r"`tp` must divide `norm_groups` = 2, but is 4; what would work: 1 or 2$"),
-        ({"ffn_dim": 18}, 4, r"`tp` must divide `ffn_dim` = 18, but is 4; what would work: 1 or 2$"),
-        ({"output_size": 5}, 4, r"a part of the 5 rows .* cut into parts of 2, but is 4; what would work: 1 or 2$"),
-    ],
-)
-def test_degrees_that_cannot_work(options: dict[str, Any], degree: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_tensor_parallel(MegalodonConfig(**SIZES | options), degree, "tp")
-
-
-def test_degrees_that_work() -> None:
-    for degree in (1, 2, 4):
-        check_tensor_parallel(PRESETS["paper_7B"], degree)
-    check_tensor_parallel(PRESETS["debug"], 1)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megalodon_plugin.cli.main import main
+from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.planning import candidates as plan
-from megalodon_plugin.planning.memory import Layout, Stage
+from megalodon_plugin.planning.memory import Stage
 
 from support.tiny_job import write_job
 
@@ -52,25 +53,31 @@ def test_all_products_of_five_degrees() -> None:
     assert all(layout.gpus == 12 for layout in found)
 
 
-def test_the_rules_leave_what_the_host_takes(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megalodon_plugin.titan import job_rules as rules
+def test_the_rules_leave_what_the_adapter_takes(config: Path) -> None:
+    """Each layout is asked for by the host's options, as a training job does."""
+    from megalodon_plugin.titan import job_rules
 
-    monkeypatch.setattr(rules, "_own_entry", True)
     job = plan.load_job(config, None, [])
     allowed = {c.layout for c in planned(config, "--gpus", "8")}
     for layout in plan.layouts_of(8):
-        options = job.options.parallelism
-        options.tensor_parallel_degree, options.context_parallel_degree = layout.tp, layout.cp
-        options.pipeline_parallel_degree = layout.pp
+        for key, degree in layout.options.items():
+            setattr(job.options.parallelism, key.removeprefix("parallelism."), degree)
+        assert job_rules.layout_of(job.options) == layout
         try:
-            rules.check_job(job.options, job.args)
-            agreed = 16 % (4 * layout.data) == 0 and layout.pp <= 2
+            job_rules.check(job.options, job.args, own_trainer=True)
+            taken = True
         except ValueError:
-            agreed = False
-        assert (layout in allowed) == agreed, layout
+            taken = False
+        expected = layout.tp <= 2 and layout.cp <= 4 and layout.pp <= 2 and 16 % (4 * layout.data) == 0
+        assert (layout in allowed) == taken == expected, layout
     assert (
         {c.tp for c in allowed} == {1, 2} and {c.cp for c in allowed} == {1, 2, 4} and {c.pp for c in allowed} == {1, 2}
     )
+
+
+def test_a_job_that_carries_a_state_can_be_planned(config: Path) -> None:
+    found = planned(config, "--gpus", "4", overrides=["--megalodon.carry_state"])
+    assert {c.layout.data for c in found} == {4}
 
 
 def test_tensor_parallelism_stays_in_a_node(config: Path) -> None:
@@ -99,8 +106,9 @@ def test_stages_are_the_hosts() -> None:
 
 
 def test_a_pipeline_of_few_microbatches_idles(config: Path) -> None:
+    gpipe = ["--parallelism.pipeline_parallel_schedule", "GPipe"]
     few, many = (
-        next(c for c in planned(config, "--gpus", "2", overrides=more) if c.layout.pp == 2)
+        next(c for c in planned(config, "--gpus", "2", overrides=[*gpipe, *more]) if c.layout.pp == 2)
         for more in (["--training.local_batch_size", "1"], ["--training.local_batch_size", "16"])
     )
     assert few.seconds["idle"] == pytest.approx(few.seconds["compute"])
@@ -148,19 +156,20 @@ def test_communication_of_slices_does_not_grow_with_their_length() -> None:
 def test_the_numbers_of_the_page() -> None:
     lines = (CONFIGS.parent / "docs" / "scaling.md").read_text().splitlines()
     long = ("--seq-len", str(2**20))
+    gpipe = ["--parallelism.pipeline_parallel_schedule", "GPipe"]  # 1F1B takes no fewer microbatches than stages
     of_lines = {
-        "dp_shard 128 x cp 2 (": (Layout(1, 128, 2), ()),
-        "dp_shard 128 x tp 2 ": (Layout(1, 128, 1, 2), ()),
-        "dp_shard 64 x tp 4,": (Layout(1, 64, 1, 4), ()),
-        "dp_shard 128 x pp 2,": (Layout(1, 128, 1, 1, 2), ()),
-        "dp_shard 4 x cp 64 (": (Layout(1, 4, 64), long),
-        "dp_shard 4 x cp 16 x tp 4 ": (Layout(1, 4, 16, 4), long),
+        "fsdp 128 x cp 2 (": (Layout(1, 128, 2), ()),
+        "fsdp 128 x tp 2 ": (Layout(1, 128, 1, 2), ()),
+        "fsdp 64 x tp 4,": (Layout(1, 64, 1, 4), ()),
+        "fsdp 128 x pp 2,": (Layout(1, 128, 1, 1, 2), ()),
+        "fsdp 4 x cp 64 (": (Layout(1, 4, 64), long),
+        "fsdp 4 x cp 16 x tp 4 ": (Layout(1, 4, 16, 4), long),
     }
     found = {
         options: planned(
             CONFIGS / "megalodon_7b.toml",
             *("--gpus", "256", *options),
-            overrides=["--training.global_batch_size", "4"] if options else [],
+            overrides=[*gpipe, *(["--training.global_batch_size", "4"] if options else [])],
         )
         for options in ((), long)
     }

@@ -12,8 +12,8 @@ import pytest
 from megalodon_plugin.bench.parallel.launch import command_of_a_rank
 from megalodon_plugin.bench.parallel.rank import Task
 from megalodon_plugin.bench.parallel.run import SMALL
-from megalodon_plugin.bench.parallel.scenarios import parse_layout
 from megalodon_plugin.bench.train.job import TrainingJob
+from megalodon_plugin.parallel.layout import Layout
 
 from support.processes import HANG_S
 from support.tiny_job import environment
@@ -28,7 +28,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_step_exchanges_what_the_formulas_say(name: str, tmp_path: Path) -> None:
-    layout = parse_layout(name)
+    layout = Layout.parse(name)
     job = TrainingJob(
         "megalodon",
         tuple(SMALL.items()),

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalodon_plugin.model import PRESETS, Megalodon, MegalodonConfig
 from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
+from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.parallel.tensor_plan import apply_tensor_parallel
 from megalodon_plugin.planning import memory as estimate
-from megalodon_plugin.planning.memory import Layout, Parameter, Stage, Work, parameters_of
+from megalodon_plugin.planning.memory import Parameter, Stage, Work, parameters_of
 from megalodon_plugin.planning.traffic import Exchange, Links, exchanges_of_step
 
 ROWS, LENGTH = 2, 256

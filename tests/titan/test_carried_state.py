@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.state import MegalodonState
-from megalodon_plugin.titan import job_rules as layout
+from megalodon_plugin.titan import job_rules
 from megalodon_plugin.titan.carried_state import CarriedStates
 from megalodon_plugin.titan.dataloader import DocumentLoader, build_text_dataloader
 from megalodon_plugin.titan.load_model import load_checkpoint
@@ -246,18 +246,14 @@ def test_fsdp_does_not_round_the_state() -> None:
     assert run_on_ranks(2, dtypes_that_cema_gets) == [(torch.bfloat16, torch.float32)] * 2
 
 
-@pytest.fixture
-def own_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_own_entry", True)
-
-
-def check(config: Path, *options: str) -> Any:
+def check(config: Path, *options: str, own_trainer: bool = True) -> Any:
     job = read_job(config, *options)
+    if own_trainer:
+        job_rules.use_own_trainer(job)
     Flavors()["debug"].update_from_config(job)
     return job
 
 
-@pytest.mark.usefixtures("own_entry")
 @pytest.mark.parametrize("degree", ["context", "tensor", "pipeline"])
 def test_ranks_that_share_a_row_are_refused(tmp_path: Path, degree: str) -> None:
     key = f"{degree}_parallel_degree"
@@ -266,14 +262,12 @@ def test_ranks_that_share_a_row_are_refused(tmp_path: Path, degree: str) -> None
         check(config)
 
 
-@pytest.mark.usefixtures("own_entry")
 def test_attention_dropout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`megalodon\.attention_dropout` must be 0 with .*, but is 0\.1"):
         check(carrying_job(tmp_path, megalodon={"attention_dropout": 0.1}))
     assert check(carrying_job(tmp_path, megalodon={"dropout": 0.1}))
 
 
-@pytest.mark.usefixtures("own_entry")
 def test_the_option_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
     assert read_job(write_job(tmp_path)).megalodon.carry_state is False
     assert check(write_job(tmp_path), "--megalodon.carry_state").megalodon.carry_state is True
@@ -282,17 +276,15 @@ def test_the_option_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
     assert check(config, "--megalodon.no_carry_state").megalodon.carry_state is False
 
 
-@pytest.mark.usefixtures("own_entry")
 @pytest.mark.filterwarnings("ignore::UserWarning:tyro.*")
 def test_the_option_is_true_or_false(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`megalodon\.carry_state` must be true or false, but is 'yes'"):
         check(carrying_job(tmp_path, megalodon={"carry_state": "yes"}))
 
 
-def test_the_stock_entry_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_own_entry", False)
+def test_the_stock_entry_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`megalodon\.carry_state` must be false under the stock entry, .*cli\.train"):
-        check(carrying_job(tmp_path))
+        check(carrying_job(tmp_path), own_trainer=False)
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalodon_plugin.titan import job_rules as layout
+from megalodon_plugin.titan import job_rules
 
 from support.tiny_job import read_job
 
@@ -43,10 +43,10 @@ def test_a_finished_run_can_be_continued(job_config: Any) -> None:
     assert not job_config.checkpoint.enable or job_config.checkpoint.last_save_model_only is False
 
 
-def test_its_model_builds(job_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_model_builds(job_config: Any) -> None:
     from torchtitan.protocols.train_spec import get_train_spec
 
-    monkeypatch.setattr(layout, "_own_entry", True)
+    job_rules.use_own_trainer(job_config)
     if not os.path.exists(job_config.model.hf_assets_path):
         job_config.model.hf_assets_path = "byte"
     train_spec = get_train_spec(job_config.model.name)

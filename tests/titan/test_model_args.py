@@ -13,7 +13,7 @@ from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model import attention as attention_module
 from megalodon_plugin.ops import dispatch as backend
 from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
-from megalodon_plugin.titan import job_rules as layout
+from megalodon_plugin.titan import job_rules
 from megalodon_plugin.titan.model_args import MODEL_OPTIONS, Flavors, MegalodonModelArgs
 
 from support.tiny_job import SECTIONS, read_job, write_job
@@ -50,13 +50,10 @@ EVERY_OPTION: dict[str, Any] = {
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:tyro.*")
 
 
-@pytest.fixture(autouse=True)
-def stock_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_own_entry", False)
-
-
-def args_of(folder: Path, *options: str, **sections: dict[str, Any]) -> MegalodonModelArgs:
+def args_of(folder: Path, *options: str, own_trainer: bool = False, **sections: dict[str, Any]) -> MegalodonModelArgs:
     job_config = read_job(write_job(folder, **sections), *options)
+    if own_trainer:
+        job_rules.use_own_trainer(job_config)
     args = Flavors()[job_config.model.flavor]
     args.update_from_config(job_config)
     return args
@@ -195,9 +192,8 @@ def test_stock_entry_is_sent_to_the_own_one(tmp_path: Path, key: str) -> None:
 def test_own_entry_refuses_what_the_model_cannot_take(
     tmp_path: Path, parallelism: dict[str, Any], more: dict[str, Any], message: str
 ) -> None:
-    layout.mark_own_entry()
     with pytest.raises(ValueError, match=message):
-        args_of(tmp_path, parallelism=parallelism, **more)
+        args_of(tmp_path, own_trainer=True, parallelism=parallelism, **more)
 
 
 @pytest.mark.parametrize(
@@ -211,8 +207,7 @@ def test_own_entry_refuses_what_the_model_cannot_take(
     ids=str,
 )
 def test_own_entry_takes_every_layout(tmp_path: Path, parallelism: dict[str, int]) -> None:
-    layout.mark_own_entry()
-    assert args_of(tmp_path, parallelism=parallelism).n_layers == 2
+    assert args_of(tmp_path, own_trainer=True, parallelism=parallelism).n_layers == 2
 
 
 def test_offloading_needs_a_gpu(tmp_path: Path) -> None:
@@ -233,11 +228,10 @@ def test_float8_leaves_the_output_layer_out(tmp_path: Path, listed: list[str]) -
 
 
 def test_own_entry_takes_a_pipeline_unless_weights_are_tied(tmp_path: Path) -> None:
-    layout.mark_own_entry()
     two_stages = {"pipeline_parallel_degree": 2}
-    assert args_of(tmp_path, parallelism=two_stages).n_layers == 2
+    assert args_of(tmp_path, own_trainer=True, parallelism=two_stages).n_layers == 2
     with pytest.raises(ValueError, match=r"`megalodon\.tie_embedding` must be false .* = 2"):
-        args_of(tmp_path, parallelism=two_stages, megalodon={"tie_embedding": True})
+        args_of(tmp_path, own_trainer=True, parallelism=two_stages, megalodon={"tie_embedding": True})
 
 
 def test_load_balancer_of_context_parallelism_is_off(tmp_path: Path) -> None:

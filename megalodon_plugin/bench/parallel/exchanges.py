@@ -5,8 +5,8 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalodon_plugin.parallel.layout import Layout, reshards_after_forward
 from megalodon_plugin.planning.candidates import job_of, stages_of, work_of
-from megalodon_plugin.planning.memory import Layout
 from megalodon_plugin.planning.traffic import Exchange, exchanges_of_step
 
 Exchanged = dict[str, dict[str, list[float]]]
@@ -63,11 +63,9 @@ def exchanges_by_formula(options: Any, layout: Layout, stage: int) -> list[Excha
     """What the formulas say of a rank in the `stage`-th stage under the host's configuration `options`."""
     job = job_of(options)
     work, _ = work_of(job, layout)
-    reshard = {"always": True, "never": False, "default": layout.pp == 1}
-    policy = reshard[options.parallelism.fsdp_reshard_after_forward]
-    exchanges = exchanges_of_step(
-        job.args.config, job.parameters, work, layout, stages_of(job, layout.pp)[stage], policy
-    )
+    reshard = reshards_after_forward(options.parallelism.fsdp_reshard_after_forward, layout.pp > 1)
+    stages = stages_of(job, layout.pp)
+    exchanges = exchanges_of_step(job.args.config, job.parameters, work, layout, stages[stage], reshard)
     return [exchange for exchange in exchanges if exchange.messages]
 
 

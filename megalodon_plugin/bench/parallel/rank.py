@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megalodon_plugin.files import write_text
-from megalodon_plugin.planning.memory import Layout
+from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.planning.traffic import Exchange
 
 from ..train.job import TrainingJob, free_port, run_job

@@ -21,10 +21,7 @@ from typing import Any
 import torch
 
 from megalodon_plugin.files import write_json
-from megalodon_plugin.model import PRESETS
-from megalodon_plugin.parallel.chunk import check_chunk_parallel
-from megalodon_plugin.parallel.tensor_plan import check_tensor_parallel
-from megalodon_plugin.planning.memory import Layout
+from megalodon_plugin.parallel.layout import ONE_RANK, Layout
 from megalodon_plugin.planning.traffic import Links
 
 from ..environment import environment
@@ -36,12 +33,9 @@ from .rank import Task, run_task
 from .report import check_line, draw, table
 from .rows import Row, add_ratios, check_against_single, comparison_key, logged, merged, reason_of
 from .scenarios import (
-    ONE,
     Scenario,
     default_layouts,
-    name_of,
-    parse_layout,
-    reason_against,
+    refusal_of,
     simulated_scenarios,
     strong,
     weak,
@@ -92,7 +86,7 @@ def run_bench_parallel(known: argparse.Namespace) -> int:
     failed: set[str] = set()
     if not known.no_checks:
         failed = bench.check(layouts)
-    bench.time([layout for layout in layouts if name_of(layout) not in failed])
+    bench.time([layout for layout in layouts if str(layout) not in failed])
     if known.simulate:
         bench.simulate()
     bench.write()
@@ -123,11 +117,11 @@ def _checked_layouts(known: argparse.Namespace, gpus: int, on_gpu: bool) -> list
         raise ValueError(f"`--gpus` must be at most the {torch.cuda.device_count()} that are there, but is {gpus}")
     if known.against and not on_gpu:
         raise ValueError("`--against llama` needs GPUs: the host's context parallel attention has no CPU kernel")
-    named = [parse_layout(text) for text in known.layouts] if known.layouts else default_layouts(gpus)
+    named = [Layout.parse(text) for text in known.layouts] if known.layouts else default_layouts(gpus)
     for layout in named:
         if layout.gpus > gpus:
-            raise ValueError(f"`--layouts` must fit {gpus} GPUs, but {name_of(layout)!r} takes {layout.gpus}")
-    return list(dict.fromkeys([ONE, *named]))
+            raise ValueError(f"`--layouts` must fit {gpus} GPUs, but {str(layout)!r} takes {layout.gpus}")
+    return list(dict.fromkeys([ONE_RANK, *named]))
 
 
 class ParallelBench:
@@ -153,9 +147,9 @@ class ParallelBench:
             # Exchanges of bfloat16 are the same in half the bytes.
             tasks = [Task(_small_job(layout, low), steps=4, count=not low) for layout, low in scenarios]
             for (layout, low), ranks in self._run(scenarios, tasks):
-                row: Row = {"layout": name_of(layout), "gpus": gpus, "dtype": "bfloat16" if low else "float32"}
+                row: Row = {"layout": str(layout), "gpus": gpus, "dtype": "bfloat16" if low else "float32"}
                 reason = reason_of(ranks)
-                if reason is None and layout == ONE:
+                if reason is None and layout == ONE_RANK:
                     single[low] = logged(ranks)
                 if reason is not None or low not in single:
                     row["failed"] = reason or "one process failed"
@@ -181,7 +175,7 @@ class ParallelBench:
                 # What the host does to attention for context parallelism stays in a process.
                 group = groups.setdefault((model, layout.gpus, layout.cp > 1), [])
                 for scenario in self._scenarios(model, layout):
-                    reason = reason_against(scenario, mixed_precision=self.on_gpu) or _reason_of_model(scenario)
+                    reason = refusal_of(scenario, mixed_precision=self.on_gpu)
                     if reason is None:
                         group.append(scenario)
                     else:
@@ -241,7 +235,7 @@ class ParallelBench:
             "scaling": scenario.scaling,
             "size": scenario.size,
             "model": scenario.model,
-            "layout": name_of(scenario.layout),
+            "layout": str(scenario.layout),
             "gpus": scenario.layout.gpus,
             "rows": scenario.rows,
             "length": scenario.length,
@@ -254,24 +248,6 @@ class ParallelBench:
 
     def _know_device(self, row: Row) -> None:
         self.results["device"] = row.pop("device", self.results["device"])
-
-
-def _reason_of_model(scenario: Scenario) -> str | None:
-    """Why the model's sizes do not allow the layout; None if they do."""
-    layout, size = scenario.layout, SIZES[scenario.size]
-    options = size.options("megalodon")
-    cfg = replace(PRESETS[options.pop("flavor")], **options)
-    n_layers = cfg.n_layers if scenario.model == "megalodon" else size.llama.n_layers
-    if layout.pp > n_layers:
-        return f"{n_layers} layers are fewer than the {layout.pp} stages of {name_of(layout)}"
-    if scenario.model == "llama":
-        return None
-    try:
-        check_tensor_parallel(cfg, layout.tp)
-        check_chunk_parallel(scenario.length, cfg.chunk_size, layout.cp, ("row", "chunk_size", "cp"))
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _small_job(layout: Layout, low_precision: bool) -> TrainingJob:

@@ -1,23 +1,13 @@
 """What `megalodon bench parallel` runs: layouts by name, and the rows and lengths of a step under each."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megalodon_plugin.planning.memory import Layout
+from megalodon_plugin.model import PRESETS
+from megalodon_plugin.parallel.layout import ONE_RANK, Job, Layout, host_refusal, refusal
 
-DIMENSIONS = {"replicate": "dp_replicate", "fsdp": "dp_shard", "cp": "cp", "tp": "tp", "pp": "pp"}
-"""Names of degrees, as tables show them -> fields of `Layout`."""
-OPTIONS = {
-    "replicate": "data_parallel_replicate_degree",
-    "fsdp": "data_parallel_shard_degree",
-    "cp": "context_parallel_degree",
-    "tp": "tensor_parallel_degree",
-    "pp": "pipeline_parallel_degree",
-}
-"""The same -> the host's options of `[parallelism]`."""
+from ..sizes import SIZES
 
-ONE = Layout()
 SINGLE = ("fsdp", "cp", "tp", "pp")
 MIXED = {
     4: ("fsdp 2 x cp 2", "cp 2 x tp 2", "cp 2 x pp 2"),
@@ -52,31 +42,6 @@ class Scenario:
         return self.rows * self.length
 
 
-def parse_layout(text: str) -> Layout:
-    """ "fsdp 2 x cp 4" -> Layout(dp_shard=2, cp=4); "1" is one GPU.
-
-    Raises:
-        ValueError: it is not written so.
-    """
-    if text.strip() == "1":
-        return ONE
-    degrees: dict[str, int] = {}
-    for part in text.split(" x "):
-        name, _, degree = part.strip().partition(" ")
-        known = name in DIMENSIONS and name not in degrees
-        if not known or not (degree.isascii() and degree.isdigit()) or int(degree) < 1:
-            names = ", ".join(DIMENSIONS)
-            raise ValueError(f"a layout must be degrees of {names}, as in 'fsdp 2 x cp 4', but is {text!r}")
-        degrees[name] = int(degree)
-    return Layout(**{DIMENSIONS[name]: degree for name, degree in degrees.items()})
-
-
-def name_of(layout: Layout) -> str:
-    """ "fsdp 2 x cp 4"; "1" for one GPU."""
-    degrees = {name: getattr(layout, field) for name, field in DIMENSIONS.items()}
-    return " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "1"
-
-
 def default_layouts(gpus: int) -> list[Layout]:
     """One GPU, then every dimension alone on 2, 4 and 8 of them, then mixtures, as far as there are GPUs."""
     names = ["1"]
@@ -84,7 +49,7 @@ def default_layouts(gpus: int) -> list[Layout]:
         if number <= gpus:
             names += [f"{dimension} {number}" for dimension in SINGLE]
             names += MIXED.get(number, ())
-    return [parse_layout(name) for name in names]
+    return [Layout.parse(name) for name in names]
 
 
 def weak(size: str, model: str, layout: Layout, tokens_per_gpu: int) -> Scenario:
@@ -106,29 +71,25 @@ def strong(size: str, model: str, layout: Layout, length: int, tokens_per_step: 
     return Scenario("strong", size, model, layout, rows, length, local)
 
 
-def reason_against(scenario: Scenario, mixed_precision: bool) -> str | None:
-    """Why the scenario is not timed: rows do not go round, or the host runs the layout in float32. None if it is."""
-    layout, name = scenario.layout, name_of(scenario.layout)
-    if mixed_precision and scenario.model == "llama" and layout.gpus > 1 and not layout.has_fsdp:
-        return f"the host runs Llama under {name} in float32, without FSDP"
-    if scenario.rows % (layout.data * scenario.local_rows):
-        return f"{scenario.rows} rows do not go round {layout.data} data parallel ranks of {name}"
-    if layout.pp > 1 and scenario.local_rows < layout.pp:
-        return f"{scenario.local_rows} rows are fewer than the {layout.pp} stages of {name}"
-    return None
+def refusal_of(scenario: Scenario, mixed_precision: bool) -> str | None:
+    """Why the scenario is not timed: the layout does not take the model or the rows, or the host runs it in float32.
+    None if it is timed.
+    """
+    layout, size = scenario.layout, SIZES[scenario.size]
+    job = Job({"training.seq_len": scenario.length}, scenario.local_rows, scenario.rows)
+    if scenario.model == "llama":
+        if mixed_precision and layout.gpus > 1 and not layout.has_fsdp:
+            return f"the host runs Llama under {layout} in float32, without FSDP"
+        return host_refusal(layout, size.llama.n_layers, job)
+    options = size.options("megalodon")
+    return refusal(layout, replace(PRESETS[options.pop("flavor")], **options), job)
 
 
 def simulated_scenarios(sizes: Sequence[str], gpus: Iterable[int], tokens_per_gpu: int) -> list[Scenario]:
     """One rank's part of large layouts, and of one GPU, which they are held to."""
-    layouts = [ONE, *(parse_layout(name) for number in gpus for name in SIMULATED[number])]
+    layouts = [ONE_RANK, *(Layout.parse(name) for number in gpus for name in SIMULATED[number])]
     return [
         replace(weak(size, "megalodon", layout, tokens_per_gpu), scaling="simulated")
         for size in sizes
         for layout in layouts
     ]
-
-
-def degrees_of(layout: Layout) -> dict[str, int]:
-    """The host's options of `[parallelism]`."""
-    fields = dataclasses.asdict(layout)
-    return {OPTIONS[name]: fields[field] for name, field in DIMENSIONS.items()}

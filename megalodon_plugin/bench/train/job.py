@@ -25,10 +25,9 @@ from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.protocols import train_spec
 from torchtitan.tools import utils
 
-from megalodon_plugin.planning.memory import Layout
+from megalodon_plugin.parallel.layout import ONE_RANK, Layout
 from megalodon_plugin.titan.command_line import read_job
 
-from ..parallel.scenarios import ONE, degrees_of
 from ..sizes import VOCABULARY
 from .trainer import RandomTokens, TimedTrainer, TooSlow
 
@@ -47,7 +46,7 @@ class TrainingJob:
     checkpointing: str = "selective"
     compiled: bool = True
     low_precision: bool = True
-    layout: Layout = ONE
+    layout: Layout = ONE_RANK
     rows: int | None = None
     """Of a step, over all ranks; by default one pass of each rank."""
     same_weights: bool = False
@@ -87,7 +86,7 @@ class TrainingJob:
             "debug.seed": 0,
             "comm.mode": "fake_backend" if self.fake_ranks else "default",
         }
-        found |= {f"parallelism.{name}": degree for name, degree in degrees_of(self.layout).items()}
+        found |= self.layout.options
         if self.model == "megalodon":
             found |= {f"megalodon.{name}": value for name, value in self.options if name != "flavor"}
             found |= {"megalodon.vocab_size": self.vocabulary, "model.flavor": dict(self.options)["flavor"]}
