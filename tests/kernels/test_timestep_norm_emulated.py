@@ -36,7 +36,7 @@ def on_the_cpu(monkeypatch):
         timestep_norm_cuda._plan.cache_clear()
         timestep_norm_cuda._parameters_kernel.cache_clear()
         monkeypatch.setattr(timestep_norm_cuda, "_blocks", lambda sequences, tiles, capacity: min(blocks, tiles))
-        monkeypatch.setattr(timestep_norm_cuda, "_multiprocessors", lambda device: 2)
+        monkeypatch.setattr(timestep_norm_cuda, "multiprocessors", lambda device: 2)
         monkeypatch.setattr(kernels, "load", emulator.emulated_load)
         monkeypatch.setattr(emulator, "SCHEDULE", schedule)
 

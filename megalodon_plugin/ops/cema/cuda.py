@@ -6,14 +6,12 @@ gradients in `cema_grad`, starting from the states that both walks kept at the e
 fill no block are left to `cema_short`. Every sum has a fixed order.
 """
 
-import ctypes
-import functools
-
 import torch
 from torch import Tensor
 
 from megalodon_plugin import kernels
 
+from ..launching import address, contiguous, multiprocessors, packed, parameter_struct, stream_of
 from .tiles import (
     PASS_BLOCKS,
     VARIANTS,
@@ -25,52 +23,40 @@ from .tiles import (
     pass_shared_bytes,
 )
 
-__all__ = ["VARIANTS", "Plan", "backward", "divide_pass", "forward", "make_plan", "multiprocessors"]
+__all__ = ["VARIANTS", "Plan", "backward", "divide_pass", "forward", "make_plan"]
 
 _SLOTS = 19  # complex numbers that cema_prepare makes of a channel and order
 
 
-def structure(name: str, fields: str) -> type[ctypes.Structure]:
-    """Fields as "name:type ...", p a pointer, q a 64-bit and i a 32-bit integer."""
-    types = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int32}
-    pairs = [field.split(":") for field in fields.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": [(field, types[kind]) for field, kind in pairs]})
-
-
-_Prepare = structure(
+_Prepare = parameter_struct(
     "_Prepare",
-    "alpha:p delta:p theta:p gamma:p omega:p coefficients:p lags:p segment:q dim:i order:i rotate_input:i",
+    pointers="alpha delta theta gamma omega coefficients lags",
+    int64="segment",
+    int32="dim order rotate_input",
 )
-_Pass = structure(
+_Pass = parameter_struct(
     "_Pass",
-    "x:p y:p coefficients:p lags:p state_in:p state_out:p boundaries:p summaries:p x_row:q y_row:q "
-    "length:i batch:i dim:i order:i rows:i segments:i segment_tiles:i",
+    pointers="x y coefficients lags state_in state_out boundaries summaries",
+    int64="x_row y_row",
+    int32="length batch dim order rows segments segment_tiles",
 )
-_Grad = structure(
+_Grad = parameter_struct(
     "_Grad",
-    "x:p dy:p coefficients:p state_in:p states:p state_grads:p state_grad_in:p partial:p partial_omega:p "
-    "x_row:q dy_row:q length:i batch:i dim:i order:i",
+    pointers="x dy coefficients state_in states state_grads state_grad_in partial partial_omega",
+    int64="x_row dy_row",
+    int32="length batch dim order",
 )
-_Finish = structure(
+_Finish = parameter_struct(
     "_Finish",
-    "alpha:p delta:p theta:p partial:p partial_omega:p dalpha:p ddelta:p dtheta:p dgamma:p domega:p "
-    "dim:i order:i slots:i rotate_input:i",
+    pointers="alpha delta theta partial partial_omega dalpha ddelta dtheta dgamma domega",
+    int32="dim order slots rotate_input",
 )
-_Short = structure(
+_Short = parameter_struct(
     "_Short",
-    "x:p dy:p y:p coefficients:p omega:p state_in:p state_grad_in:p state_out:p partial:p partial_omega:p "
-    "x_row:q dy_row:q y_row:q length:i batch:i dim:i order:i",
+    pointers="x dy y coefficients omega state_in state_grad_in state_out partial partial_omega",
+    int64="x_row dy_row y_row",
+    int32="length batch dim order",
 )
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def stream_of(device: torch.device) -> int:
-    # torch.cuda.current_stream makes a Python object first, which takes longer than a launch.
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 class Call:
@@ -129,7 +115,7 @@ class Call:
             left = self._leave_summaries(x, params, self.division.segments - 1, reverse)
             params.summaries = left.data_ptr()
         params.y, params.y_row, params.state_out = y.data_ptr(), y.stride(0), state_out
-        params.boundaries = None if kept is None else kept.data_ptr()
+        params.boundaries = address(kept)
         self._launch_pass(params, self.division.segments, self.aligned(x, y), reverse, summary=False)
 
     def summaries(self, x: Tensor, reverse: bool) -> Tensor:
@@ -183,18 +169,6 @@ class Call:
         self.launch("short", grid, 256, params, 0, BACKWARD=int(dy is not None))
 
 
-def packed(x: Tensor) -> Tensor:
-    """x with its steps and channels packed; its batch rows may lie anywhere."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-def _state(h: Tensor | None) -> tuple[Tensor | None, int | None]:
-    if h is None:
-        return None, None
-    h = h.contiguous()
-    return h, h.data_ptr()
-
-
 def forward(
     plan: Plan, x: Tensor, parameters: tuple[Tensor, ...], h0: Tensor | None, rotate_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +180,8 @@ def forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = torch.empty(shape, dtype=torch.float32, device=x.device)
     kept = torch.empty((plan.kept_states(call.length), *shape), dtype=torch.float32, device=x.device)
-    h0, start = _state(h0)
+    h0 = contiguous(h0)  # kept while its address is in use
+    start = address(h0)
     if call.whole:
         call.walk(x, y, start, kept[-1].data_ptr() if call.rest else h.data_ptr(), kept, reverse=False)
         start = kept[-1].data_ptr() if call.rest else None
@@ -232,8 +207,10 @@ def backward(
     shape = (call.batch, call.dim, call.order, 2)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dh0 = torch.empty(shape, dtype=torch.float32, device=x.device)
-    h0, start = _state(h0)
-    dh_last, end = _state(dh_last)
+    h0 = contiguous(h0)  # kept while its address is in use
+    start = address(h0)
+    dh_last = contiguous(dh_last)
+    end = address(dh_last)
     channel_groups = -(-call.dim // plan.grad_channels)
     groups, order_groups = plan.groups(call.length), plan.orders // 16
     parts = 0

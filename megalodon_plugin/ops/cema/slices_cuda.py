@@ -5,13 +5,15 @@ from torch import Tensor
 
 from megalodon_plugin import kernels
 
-from .cuda import Call, packed, stream_of, structure
+from ..launching import packed, parameter_struct, stream_of
+from .cuda import Call
 from .tiles import PASS_BLOCKS, Plan, make_plan
 
-_Fold = structure(
+_Fold = parameter_struct(
     "_Fold",
-    "summaries:p state:p alpha:p delta:p theta:p first_gap:q gap:q nearest:i direction:i slices:i "
-    "batch:i dim:i order:i conjugate_power:i conjugate_result:i",
+    pointers="summaries state alpha delta theta",
+    int64="first_gap gap",
+    int32="nearest direction slices batch dim order conjugate_power conjugate_result",
 )
 
 

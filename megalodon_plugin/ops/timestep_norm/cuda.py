@@ -4,7 +4,6 @@ The kernels are kernels/timestep_norm/*.cu; the equations stand in timestep_norm
 blocks at the head of kernels/timestep_norm/common.cuh. Every number that was chosen for speed stands in this file.
 """
 
-import ctypes
 import functools
 from typing import Any, NamedTuple
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 
 from megalodon_plugin import kernels
+
+from ..launching import address, contiguous, multiprocessors, parameter_struct, stream_of
 
 TIME_LAST = False
 """Whether step_mean and step_rstd (B, L, G) lie in memory as (B, G, L), in which a warp writes neighbouring numbers."""
@@ -100,47 +101,21 @@ VARIANTS = _variants()
 """Kernels that the tests compile for every architecture: source, name, macros."""
 
 
-class _Forward(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ["x", "y", "weight", "bias", "count", "mean", "var", "mask", "steps"]),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ["last_count", "last_mean", "last_var", "step_mean", "step_rstd", "totals", "flags"]
-        ),
-        ("length", ctypes.c_int64),
-        ("step_stride", ctypes.c_int),
-        ("group_stride", ctypes.c_int),
-        ("groups", ctypes.c_int),
-        ("blocks", ctypes.c_int),
-        ("eps", ctypes.c_double),
-    ]
-
-
-class _Backward(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ["dy", "x", "dx", "weight", "dmean_last", "dvar_last", "count", "mean", "mask", "steps"]
-        ),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ["step_mean", "step_rstd", "dmean", "dvar", "partial", "totals", "flags"]
-        ),
-        ("batch", ctypes.c_int64),
-        ("length", ctypes.c_int64),
-        ("step_stride", ctypes.c_int),
-        ("group_stride", ctypes.c_int),
-        ("groups", ctypes.c_int),
-        ("blocks", ctypes.c_int),
-    ]
-
-
-class _Parameters(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ["partial", "dweight", "dbias"]),
-        ("parts", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-    ]
+_Forward = parameter_struct(
+    "_Forward",
+    pointers="x y weight bias count mean var mask steps last_count last_mean last_var step_mean step_rstd totals flags",
+    int64="length",
+    int32="step_stride group_stride groups blocks",
+    double="eps",
+)
+_Backward = parameter_struct(
+    "_Backward",
+    pointers="dy x dx weight dmean_last dvar_last count mean mask steps step_mean step_rstd dmean dvar partial "
+    "totals flags",
+    int64="batch length",
+    int32="step_stride group_stride groups blocks",
+)
+_Parameters = parameter_struct("_Parameters", pointers="partial dweight dbias", int64="parts dim")
 
 
 class _Plan(NamedTuple):
@@ -170,7 +145,7 @@ def forward(
     Raises:
         kernels.KernelUnavailable: the kernels do not run on this device.
     """
-    x, mask = x.contiguous(), _as_it_is(padding_mask)
+    x, mask = x.contiguous(), contiguous(padding_mask)
     weight, bias, count = weight.contiguous(), bias.contiguous(), count.contiguous()
     mean, var = mean.contiguous(), var.contiguous()
     batch, length, _ = x.shape
@@ -185,12 +160,12 @@ def forward(
     totals, flags = _exchange(plan, mean)
     params = _Forward(
         *(x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), count.data_ptr(), mean.data_ptr()),
-        *(var.data_ptr(), _pointer(mask), _pointer(steps)),
+        *(var.data_ptr(), address(mask), address(steps)),
         *(last_count.data_ptr(), last_mean.data_ptr(), last_var.data_ptr()),
-        *(step_mean.data_ptr(), step_rstd.data_ptr(), _pointer(totals), _pointer(flags)),
+        *(step_mean.data_ptr(), step_rstd.data_ptr(), address(totals), address(flags)),
         *(length, *step_mean.stride()[1:], num_groups, plan.blocks, eps),
     )
-    plan.kernel.launch(plan.grid, plan.threads, params, _stream(x.device), plan.shared_bytes, plan.blocks > 1)
+    plan.kernel.launch(plan.grid, plan.threads, params, stream_of(x.device), plan.shared_bytes, plan.blocks > 1)
     return y, last_count, last_mean, last_var, step_mean, step_rstd
 
 
@@ -212,11 +187,11 @@ def backward(
     Raises:
         kernels.KernelUnavailable: the kernels do not run on this device.
     """
-    x, dy, mask = x.contiguous(), dy.contiguous(), _as_it_is(padding_mask)
+    x, dy, mask = x.contiguous(), dy.contiguous(), contiguous(padding_mask)
     weight, count, mean = weight.contiguous(), count.contiguous(), mean.contiguous()
     if not (_known_strides(step_mean) and step_rstd.stride() == step_mean.stride()):
         step_mean, step_rstd = step_mean.contiguous(), step_rstd.contiguous()
-    dmean_last, dvar_last = _as_it_is(dmean_last), _as_it_is(dvar_last)
+    dmean_last, dvar_last = contiguous(dmean_last), contiguous(dvar_last)
     batch, length, dim = x.shape
     groups = step_mean.shape[2]
     dx, dmean, dvar = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(var)
@@ -230,13 +205,13 @@ def backward(
     parts = batch * plan.blocks
     partial = mean.new_empty(2 * parts * dim)
     params = _Backward(
-        *(dy.data_ptr(), x.data_ptr(), dx.data_ptr(), weight.data_ptr(), _pointer(dmean_last), _pointer(dvar_last)),
-        *(count.data_ptr(), mean.data_ptr(), _pointer(mask), _pointer(steps)),
+        *(dy.data_ptr(), x.data_ptr(), dx.data_ptr(), weight.data_ptr(), address(dmean_last), address(dvar_last)),
+        *(count.data_ptr(), mean.data_ptr(), address(mask), address(steps)),
         *(step_mean.data_ptr(), step_rstd.data_ptr(), dmean.data_ptr(), dvar.data_ptr(), partial.data_ptr()),
-        *(_pointer(totals), _pointer(flags), batch, length, *step_mean.stride()[1:]),
+        *(address(totals), address(flags), batch, length, *step_mean.stride()[1:]),
         *(groups, plan.blocks),
     )
-    stream = _stream(x.device)
+    stream = stream_of(x.device)
     plan.kernel.launch(plan.grid, plan.threads, params, stream, plan.shared_bytes, plan.blocks > 1)
     add = _Parameters(partial.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), parts, dim)
     _parameters_kernel(x.device).launch((-(-dim // 32), 2, 1), 256, add, stream, 8 * 256)
@@ -270,7 +245,7 @@ def _plan(
     if backward:
         shared_bytes += 2 * 8 * choice.vector * vectors * choice.threads  # dweight and dbias of a thread, float64
     tiles = -(-length // (warps * (32 // choice.lanes) * choice.steps))
-    capacity = kernel.blocks_per_multiprocessor(choice.threads, shared_bytes) * _multiprocessors(device)
+    capacity = kernel.blocks_per_multiprocessor(choice.threads, shared_bytes) * multiprocessors(device)
     blocks = _blocks(batch * groups, tiles, capacity)
     grid = (batch * groups * blocks, 1, 1)
     return _Plan(kernel, grid, choice.threads, shared_bytes, blocks, batch * groups * tiles if blocks > 1 else 0)
@@ -279,11 +254,6 @@ def _plan(
 def _blocks(sequences: int, tiles: int, capacity: int) -> int:
     """Blocks of one sequence. They wait for each other, so no more than the GPU holds at once; each gets two tiles."""
     return max(1, min(capacity // sequences, tiles // 2))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -301,22 +271,9 @@ def _known_strides(step_mean: Tensor) -> bool:
     return step_mean.is_contiguous() or step_mean.transpose(1, 2).is_contiguous()
 
 
-def _stream(device: torch.device) -> int:
-    # torch.cuda.current_stream makes a Python object first, which takes longer than a launch.
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-
-
 def _alignment(x: Tensor) -> int:
     pointer = x.data_ptr()
     return min(16, pointer & -pointer)
-
-
-def _as_it_is(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
 
 
 def _steps(mask: Tensor | None) -> Tensor | None:

@@ -5,13 +5,15 @@ from torch import Tensor
 
 from megalodon_plugin import kernels
 
-from ..cema.cuda import multiprocessors, packed, stream_of, structure
+from ..launching import multiprocessors, packed, parameter_struct, stream_of
 
 _LANES, _ROWS, _FINISH_THREADS = 32, 8, 128
 _BLOCKS_PER_PROCESSOR = 4  # of 256 threads, each with 4 loads of 16 bytes under way: 64 KB, more than the latency holds
 
-_Summary = structure("_Summary", "x:p partial:p x_row:q length:q segment:q batch:i dim:i")
-_Finish = structure("_Finish", "partial:p mean:p var:p length:q segment:q batch:i dim:i groups:i segments:i")
+_Summary = parameter_struct("_Summary", pointers="x partial", int64="x_row length segment", int32="batch dim")
+_Finish = parameter_struct(
+    "_Finish", pointers="partial mean var", int64="length segment", int32="batch dim groups segments"
+)
 
 VARIANTS = (
     ("timestep_norm/summary_finish.cu", "norm_summary_finish", ()),
