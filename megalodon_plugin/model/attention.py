@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon_plugin.ops import chunk_attention
-from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
+from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
 
 from .cema import CEMA
 from .chunk_cache import attend_after_cache, attend_in_place, first_cache

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from megalodon_plugin.ops import cema
-from megalodon_plugin.ops.cema.slices import CemaParameters
+from megalodon_plugin.ops.cema import CemaParameters
 
 from .init import draw, init_theta
 from .rank_hooks import CemaPrefix, Read, whole

@@ -5,7 +5,7 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
-from megalodon_plugin.ops.cema.op import CEMA_INPUTS
+from megalodon_plugin.ops.cema import CEMA_INPUTS
 
 INIT_MODES = ("he", "bert", "xavier")
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon_plugin.ops import NormState, timestep_norm
-from megalodon_plugin.ops.timestep_norm.slices import norm_summary
+from megalodon_plugin.ops.timestep_norm import norm_summary
 
 from .rank_hooks import NormPrefix, Read, whole
 

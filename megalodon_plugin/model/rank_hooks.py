@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megalodon_plugin.ops import NormState
-from megalodon_plugin.ops.cema.slices import CemaParameters
+from megalodon_plugin.ops.cema import CemaParameters
 
 Read = Callable[[Tensor], Tensor]
 """What a module computes with, from its parameter: under tensor parallelism this rank's part."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from megalodon_plugin.ops import NormState
-from megalodon_plugin.ops.timestep_norm.op import empty_norm_state
+from megalodon_plugin.ops.timestep_norm import empty_norm_state
 
 from .config import MegalodonConfig
 

@@ -1,13 +1,19 @@
-"""Which implementation an op takes on a CUDA tensor: the kernels or PyTorch code.
+"""Which implementation an op runs on a CUDA tensor: its kernels or PyTorch code.
 
-The mode is the process's, for all ops and threads (gradients are computed in threads of their own):
+Three questions decide, in this order, in every op:
 
-    auto     the kernels; where they cannot run, PyTorch code after one warning that says why
-    require  the kernels; where they cannot run, an error that says why
-    off      PyTorch code
+1. Is there a kernel for this call? The op's own `tiles` (chunk attention: `hopper`) answers, from shapes and dtypes
+   alone, so that a traced call gets the same answer.
+2. Does the mode allow it? The mode is that of the process, for all ops and threads (gradients are computed in others):
 
-It starts as what the environment variable MEGALODON_KERNELS says, else as auto. float64 always takes PyTorch code: it
-is the precision of the definition.
+       auto     the kernels; where they cannot run, PyTorch code after one warning that says why
+       require  the kernels; where they cannot run, an error that says why
+       off      PyTorch code
+
+   It starts as what the environment variable MEGALODON_KERNELS says, else as auto. float64 always runs PyTorch code:
+   it is the precision of the definition.
+3. Can it run here? The first launch finds out (no compiler, a GPU that NVRTC does not know). A failure is remembered
+   for the op and device.
 """
 
 import os
@@ -63,23 +69,23 @@ def use_kernels(mode: str) -> Iterator[None]:
         set_kernels(before)
 
 
-def available(op_name: str, tensor: Tensor, loader: Callable[[], T]) -> T | None:
-    """What `loader` returns, the kernels of an op for `tensor`'s device, or None where PyTorch code is to be taken.
+def kernel_or_none(op_name: str, tensor: Tensor, run: Callable[[], T]) -> T | None:
+    """What `run` returns, or None where PyTorch code must compute it instead.
 
     Args:
-        op_name: names the op in messages. After a failure the loader is not called again for this name and device.
+        op_name: names the op in messages. After a failure `run` is not called again for this name and device.
         tensor: the activation that the op is called with.
-        loader: gets the kernels from `kernels.load`; called each time, so it should be quick once they are loaded.
+        run: launches the op's kernels and returns their results, or returns the module that does.
 
     Raises:
-        RuntimeError: in the mode "require", where the loader raises KernelUnavailable.
+        KernelUnavailable: in the mode "require", where `run` raises it.
     """
     if _mode == "off" or tensor.dtype == torch.float64:
         return None
     reason = _failures.get((op_name, tensor.device)) if _failures else None
     if reason is None:
         try:
-            return loader()
+            return run()
         except KernelUnavailable as error:
             reason = _failures[op_name, tensor.device] = str(error)
     if _mode == "require":

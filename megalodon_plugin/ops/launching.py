@@ -12,7 +12,8 @@ def parameter_struct(
 ) -> type[ctypes.Structure]:
     """The C struct that a kernel takes as its `Params`, with the names of its fields by type.
 
-    Fields lie in the order pointers, int64, int32, double, as every `Params` in kernels/ declares them, without padding. An instance takes them in this order or by name; a pointer is an address or None.
+    Fields lie in the order pointers, int64, int32, double, as every `Params` in kernels/ has them, without padding.
+    An instance takes them in this order or by name; a pointer is an address or None.
     """
     kinds = (
         (pointers, ctypes.c_void_p),

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from megalodon_plugin.model.cema import CEMA
 from megalodon_plugin.model.norm import TimestepNorm
 from megalodon_plugin.ops import NormState
-from megalodon_plugin.ops.cema.slices import CemaParameters, cema_fold, cema_summary, cema_summary_grad
+from megalodon_plugin.ops.cema import CemaParameters, cema_fold, cema_summary, cema_summary_grad
 from megalodon_plugin.ops.library import define_op
-from megalodon_plugin.ops.timestep_norm.slices import norm_fold, norm_fold_grad
+from megalodon_plugin.ops.timestep_norm import norm_fold, norm_fold_grad
 
 from .collectives import Ranks, start_gather, wait
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from megalodon_plugin.model import MegalodonConfig
 from megalodon_plugin.model.feed_forward import FeedForward
-from megalodon_plugin.ops.cema.tiles import make_plan
+from megalodon_plugin.ops.cema import kept_states
 from megalodon_plugin.ops.checks import ACTIVATION_DTYPES
 from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.parallel.tensor_plan import LAYER_PLAN, ROOT_PLAN, TIED_ROOT_PLAN
@@ -174,8 +174,7 @@ def _kept_states(cfg: MegalodonConfig, work: Work, layout: Layout, activation: i
     """States that CEMA's kernels keep at the edges of groups of steps."""
     length = work.length // layout.cp
     dtype = next(dtype for dtype in ACTIVATION_DTYPES if dtype.itemsize == activation)
-    plan = make_plan(length, cfg.cema_ndim, dtype) if work.gpu else None
-    return plan.kept_states(length) if plan is not None else 0
+    return kept_states(length, cfg.cema_ndim, dtype) if work.gpu else 0
 
 
 def saved_by_layers(cfg: MegalodonConfig, work: Work, layout: Layout, layers: int) -> int:

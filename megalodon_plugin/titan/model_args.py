@@ -10,8 +10,8 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.tools.logging import logger
 
 from megalodon_plugin.model import PRESETS, MegalodonConfig
-from megalodon_plugin.ops.cema.op import cema_flops
-from megalodon_plugin.ops.chunk_attention.op import chunk_attention_flops
+from megalodon_plugin.ops.cema import cema_flops
+from megalodon_plugin.ops.chunk_attention import chunk_attention_flops
 from megalodon_plugin.ops.dispatch import set_kernels
 
 from . import job_rules

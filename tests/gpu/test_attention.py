@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from megalodon_plugin.ops import chunk_attention
-from megalodon_plugin.ops.chunk_attention import dense as chunk_attention_dense
-from megalodon_plugin.ops.chunk_attention import hopper as chunk_attention_cuda
-from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
+from megalodon_plugin.ops.chunk_attention import chunk_attention_definition, dense, hopper
 from megalodon_plugin.ops.dispatch import use_kernels
 
 pytestmark = [
@@ -52,8 +50,8 @@ CASES = {
 def test_kernels_agree_with_float64_as_well_as_the_dense_path_does(case, monkeypatch) -> None:
     *shape, chunk_size, scale = case
     launched = []
-    forward = chunk_attention_cuda.forward
-    monkeypatch.setattr(chunk_attention_cuda, "forward", lambda *a: launched.append(1) or forward(*a))
+    forward = hopper.forward
+    monkeypatch.setattr(hopper, "forward", lambda *a: launched.append(1) or forward(*a))
     drawn = inputs(*shape, scale)
     truth = output_and_gradients(chunk_attention_definition, *(t.double() for t in drawn), chunk_size)
     with use_kernels("off"):
@@ -70,7 +68,7 @@ def test_groups_of_matrices_give_the_same_bits_as_all_at_once(monkeypatch) -> No
     drawn = inputs(2, 1024, 2, 256, 512, 2.0)
     with use_kernels("require"):
         whole = output_and_gradients(chunk_attention, *drawn, 256)
-        monkeypatch.setattr(chunk_attention_cuda, "WEIGHTS_AT_ONCE", 3 * 256 * 256)
+        monkeypatch.setattr(hopper, "WEIGHTS_AT_ONCE", 3 * 256 * 256)
         parts = output_and_gradients(chunk_attention, *drawn, 256)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
@@ -83,10 +81,10 @@ def test_two_runs_agree_in_every_bit() -> None:
 
 
 def test_float32_takes_the_dense_path(monkeypatch) -> None:
-    monkeypatch.setattr(chunk_attention_cuda, "forward", None)
+    monkeypatch.setattr(hopper, "forward", None)
     seen = []
-    dense = chunk_attention_dense.forward
-    monkeypatch.setattr(chunk_attention_dense, "forward", lambda *a: seen.append(1) or dense(*a))
+    forward = dense.forward
+    monkeypatch.setattr(dense, "forward", lambda *a: seen.append(1) or forward(*a))
     q, k, v, _ = (t.float() for t in inputs(1, 256, 1, 64, 128, 1.0))
     chunk_attention(q, k, v, 128)
     assert seen

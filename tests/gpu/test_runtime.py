@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_plugin import kernels
 from megalodon_plugin.bench.ops.problems import CALLS, Problem, cema_problem, solve, timestep_norm_problem
-from megalodon_plugin.ops import dispatch as backend
+from megalodon_plugin.ops import dispatch
 from megalodon_plugin.ops.dispatch import use_kernels
 
 pytestmark = [
@@ -75,7 +75,7 @@ def test_a_cuda_graph_replays_forward_and_backward_on_new_numbers(op: str, dtype
 @pytest.mark.parametrize("backend_name", ["aot_eager", "inductor"])
 def test_compiled_whole_equals_eager(op: str, dtype: torch.dtype, backend_name: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(CALLS[op], fullgraph=True, backend=backend_name)
+    compiled = torch.compile(CALLS[op], fullgraph=True, dispatch=backend_name)
     for length in (700, 701):  # the second with a symbolic length
         problem = make(op, dtype, length=length)
         assert differing(solve(problem, call=compiled), solve(problem)) == []
@@ -146,8 +146,8 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
         raise kernels.KernelUnavailable("the compiler is on holiday")
 
     monkeypatch.setattr(kernels, "load", load)
-    monkeypatch.setattr(backend, "_failures", {})
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(dispatch, "_failures", {})
+    monkeypatch.setattr(dispatch, "_warned", set())
 
 
 # Sizes that nothing else here has, so that no plan of the ops remembers a kernel for them.

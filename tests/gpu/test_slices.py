@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megalodon_plugin.ops import cema
-from megalodon_plugin.ops.cema.slices import CemaParameters, cema_fold, cema_summary, cema_summary_grad
+from megalodon_plugin.ops.cema import CemaParameters, cema_fold, cema_summary, cema_summary_grad
 from megalodon_plugin.ops.dispatch import use_kernels
-from megalodon_plugin.ops.timestep_norm.slices import norm_summary
+from megalodon_plugin.ops.timestep_norm import norm_summary
 
 pytestmark = [
     pytest.mark.gpu,

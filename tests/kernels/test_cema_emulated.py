@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from megalodon_plugin import kernels
-from megalodon_plugin.ops.cema import cuda as cema_cuda
-from megalodon_plugin.ops.cema.op import cema_definition
+from megalodon_plugin.ops.cema import CemaParameters, cema_definition, cuda
+from megalodon_plugin.ops.cema.tiles import choose_tiles, divide_pass
 
 from support import emulator
 
@@ -14,7 +14,7 @@ from support import emulator
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "load", emulator.emulated_load)
-    monkeypatch.setattr(cema_cuda, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
 
 
 def make_inputs(batch: int, length: int, dim: int, order: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -53,13 +53,13 @@ def truth(inputs: dict[str, Tensor], with_states: bool, cema_input: str) -> list
 
 def run(inputs: dict[str, Tensor], with_states: bool, cema_input: str) -> list[Tensor]:
     x, h0 = inputs["x"], inputs["h0"] if with_states else None
-    parameters = tuple(inputs[name] for name in ("alpha", "delta", "theta", "gamma", "omega"))
-    plan = cema_cuda.make_plan(x.shape[1], parameters[0].shape[1], x.dtype)
-    assert plan is not None
-    rotate = cema_input == "paper"
-    y, h, kept = cema_cuda.forward(plan, x, parameters, h0, rotate)
+    tensors = (inputs[name] for name in ("alpha", "delta", "theta", "gamma", "omega"))
+    parameters = CemaParameters(*tensors, cema_input == "paper")
+    tiles = choose_tiles(x.shape[1], parameters.alpha.shape[1], x.dtype)
+    assert tiles is not None
+    y, h, kept = cuda.forward(tiles, x, parameters, h0)
     dh = inputs["dh"] if with_states else None
-    *grads, dh0 = cema_cuda.backward(plan, inputs["dy"], dh, x, parameters, h0, rotate, kept)
+    *grads, dh0 = cuda.backward(tiles, inputs["dy"], dh, x, parameters, h0, kept)
     return [y, h, *grads, *([dh0] if with_states else [])]
 
 
@@ -86,9 +86,9 @@ def test_bfloat16_matches_the_definition(length: int) -> None:
 
 @pytest.mark.parametrize("length", [20, 300])
 def test_short_rows_take_short_blocks(length: int) -> None:
-    plan = cema_cuda.make_plan(length - 100 if length > 256 else length, 16, torch.bfloat16)
-    assert plan is not None
-    assert plan.block == 16
+    tiles = choose_tiles(length - 100 if length > 256 else length, 16, torch.bfloat16)
+    assert tiles is not None
+    assert tiles.block == 16
     check(make_inputs(2, 200, 16, 5, torch.bfloat16, length), with_states=False)
 
 
@@ -108,8 +108,8 @@ def test_segments_give_the_numbers_of_one_walk(monkeypatch: pytest.MonkeyPatch) 
     inputs = make_inputs(1, 25 * 512, 8, 16, torch.bfloat16)
     inputs["delta"] -= 8  # a state that lives across segments, also across one in the middle
     one = run(inputs, True, "released")
-    monkeypatch.setattr(cema_cuda, "multiprocessors", lambda device: 8)
-    assert cema_cuda.divide_pass(1, 25, 1, 8).segments == 3
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 8)
+    assert divide_pass(1, 25, 1, 8).segments == 3
     many = run(inputs, True, "released")
     for a, b in zip(one, many, strict=True):
         # bfloat16 results may be rounded to the other side here and there.
@@ -118,8 +118,8 @@ def test_segments_give_the_numbers_of_one_walk(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_division_covers_every_row_and_tile() -> None:
     for batch in (1, 3, 8):
-        for tiles in (1, 7, 64):
+        for n_tiles in (1, 7, 64):
             for channel_groups in (1, 64, 256):
-                d = cema_cuda.divide_pass(batch, tiles, channel_groups, 132)
-                assert d.segments * d.segment_tiles >= tiles > (d.segments - 1) * d.segment_tiles
+                d = divide_pass(batch, n_tiles, channel_groups, 132)
+                assert d.segments * d.segment_tiles >= n_tiles > (d.segments - 1) * d.segment_tiles
                 assert 1 <= d.rows <= batch

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from megalodon_plugin import kernels
 from megalodon_plugin.ops import NormState
-from megalodon_plugin.ops.timestep_norm import cuda as timestep_norm_cuda
-from megalodon_plugin.ops.timestep_norm.op import timestep_norm, timestep_norm_definition
+from megalodon_plugin.ops.timestep_norm import cuda, timestep_norm, timestep_norm_definition
 
 from support import emulator
 
@@ -33,16 +32,16 @@ def on_the_cpu(monkeypatch):
     """The launch code finds the emulator, and no plan of another test."""
 
     def start(blocks: int, schedule: int = 0) -> None:
-        timestep_norm_cuda._plan.cache_clear()
-        timestep_norm_cuda._parameters_kernel.cache_clear()
-        monkeypatch.setattr(timestep_norm_cuda, "_blocks", lambda sequences, tiles, capacity: min(blocks, tiles))
-        monkeypatch.setattr(timestep_norm_cuda, "multiprocessors", lambda device: 2)
+        cuda._launch_of.cache_clear()
+        cuda._parameters_kernel.cache_clear()
+        monkeypatch.setattr(cuda, "_blocks", lambda sequences, tiles, capacity: min(blocks, tiles))
+        monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
         monkeypatch.setattr(kernels, "load", emulator.emulated_load)
         monkeypatch.setattr(emulator, "SCHEDULE", schedule)
 
     yield start
-    timestep_norm_cuda._plan.cache_clear()
-    timestep_norm_cuda._parameters_kernel.cache_clear()
+    cuda._launch_of.cache_clear()
+    cuda._parameters_kernel.cache_clear()
 
 
 def inputs(case: Case) -> dict[str, Tensor | None]:
@@ -71,10 +70,10 @@ def inputs(case: Case) -> dict[str, Tensor | None]:
 
 def by_kernels(given: dict, groups: int) -> dict[str, Tensor]:
     """y, the state, and every gradient."""
-    y, count, mean, var, step_mean, step_rstd = timestep_norm_cuda.forward(
+    y, count, mean, var, step_mean, step_rstd = cuda.forward(
         *(given[k] for k in ("x", "weight", "bias", "count", "mean", "var", "mask")), groups, EPS
     )
-    dx, dweight, dbias, dmean, dvar = timestep_norm_cuda.backward(
+    dx, dweight, dbias, dmean, dvar = cuda.backward(
         *(given[k] for k in ("dy", "dmean", "dvar", "x", "weight", "count", "mean", "var", "mask")),
         step_mean,
         step_rstd,
@@ -179,14 +178,14 @@ def test_saved_statistics_with_time_last(on_the_cpu, monkeypatch) -> None:
     on_the_cpu(2)
     given = inputs(Case(dim=128))
     expected = by_kernels(given, 2)
-    monkeypatch.setattr(timestep_norm_cuda, "TIME_LAST", True)
+    monkeypatch.setattr(cuda, "TIME_LAST", True)
     got = by_kernels(given, 2)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_number_of_blocks_fits_the_gpu() -> None:
     for sequences, tiles, capacity in ((512, 64, 528), (64, 512, 528), (600, 64, 528), (1, 10**6, 528), (3, 1, 528)):
-        blocks = timestep_norm_cuda._blocks(sequences, tiles, capacity)
+        blocks = cuda._blocks(sequences, tiles, capacity)
         assert blocks == 1 or (sequences * blocks <= capacity and blocks <= tiles)
 
 
@@ -194,7 +193,7 @@ def test_count_beyond_31_bits(on_the_cpu) -> None:
     on_the_cpu(2)
     given = inputs(Case())
     given["count"] = given["count"] + 2**33
-    y, count, mean, *_ = timestep_norm_cuda.forward(
+    y, count, mean, *_ = cuda.forward(
         *(given[k] for k in ("x", "weight", "bias", "count", "mean", "var", "mask")), 2, EPS
     )
     assert count.tolist() == [2**33 + 155, 2**33 + 156]

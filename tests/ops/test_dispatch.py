@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megalodon_plugin.kernels import KernelUnavailable
-from megalodon_plugin.ops import dispatch as backend
-from megalodon_plugin.ops.dispatch import available, kernels_mode, set_kernels, use_kernels
+from megalodon_plugin.ops import dispatch
+from megalodon_plugin.ops.dispatch import kernel_or_none, kernels_mode, set_kernels, use_kernels
 
 from support.processes import HANG_S
 
@@ -35,31 +35,31 @@ class Loader:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_mode", "auto")
-    monkeypatch.setattr(backend, "_failures", {})
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(dispatch, "_mode", "auto")
+    monkeypatch.setattr(dispatch, "_failures", {})
+    monkeypatch.setattr(dispatch, "_warned", set())
 
 
 def test_kernels_that_work_are_taken() -> None:
     loader = Loader()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [available("cema", X, loader) for _ in range(2)] == ["kernels"] * 2
+        assert [kernel_or_none("cema", X, loader) for _ in range(2)] == ["kernels"] * 2
 
 
 def test_a_failure_is_told_once_and_not_tried_again() -> None:
     loader = Loader("no NVRTC")
     with pytest.warns(RuntimeWarning, match=r"cema RUNS AS PYTORCH CODE on cpu, .*: no NVRTC\n.*megalodon\.kernels"):
-        assert available("cema", X, loader) is None
+        assert kernel_or_none("cema", X, loader) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert available("cema", X, loader) is None
+        assert kernel_or_none("cema", X, loader) is None
         # The same op and reason on another device: tried there, but the warning would say nothing new.
-        assert available("cema", torch.zeros(2, device="meta"), loader) is None
+        assert kernel_or_none("cema", torch.zeros(2, device="meta"), loader) is None
     assert loader.calls == 2
     with pytest.warns(RuntimeWarning, match="timestep_norm RUNS"):
-        assert available("timestep_norm", X, loader) is None
-    assert available("cema_backward", X, Loader()) == "kernels"
+        assert kernel_or_none("timestep_norm", X, loader) is None
+    assert kernel_or_none("cema_backward", X, Loader()) == "kernels"
 
 
 def test_required_kernels_that_fail_are_an_error_each_time() -> None:
@@ -67,8 +67,8 @@ def test_required_kernels_that_fail_are_an_error_each_time() -> None:
     with use_kernels("require"):
         for _ in range(2):
             with pytest.raises(KernelUnavailable, match=r"cema has no CUDA kernel on cpu, .* required: the GPU is too"):
-                available("cema", X, loader)
-        assert available("timestep_norm", X, Loader()) == "kernels"
+                kernel_or_none("cema", X, loader)
+        assert kernel_or_none("timestep_norm", X, Loader()) == "kernels"
     assert loader.calls == 1
 
 
@@ -77,16 +77,16 @@ def test_other_errors_are_not_hidden() -> None:
         raise ValueError("a mistake in the launcher")
 
     with pytest.raises(ValueError, match="a mistake"):
-        available("cema", X, broken)
+        kernel_or_none("cema", X, broken)
 
 
 def test_off_and_float64_ask_for_no_kernel() -> None:
     loader = Loader("never asked")
     with use_kernels("off"):
-        assert available("cema", X, loader) is None
+        assert kernel_or_none("cema", X, loader) is None
     for mode in ("auto", "require"):
         with use_kernels(mode):
-            assert available("cema", X.double(), loader) is None
+            assert kernel_or_none("cema", X.double(), loader) is None
     assert loader.calls == 0
 
 
@@ -132,7 +132,7 @@ def test_inside_a_compiled_custom_op() -> None:
 
     @torch.library.custom_op("megalodon_test::choose", mutates_args=())
     def choose(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if available("choose", x, loader) else x - 1
+        return x + 1 if kernel_or_none("choose", x, loader) else x - 1
 
     choose.register_fake(torch.empty_like)
     compiled = torch.compile(lambda x: choose(x) * 2, fullgraph=True, backend="aot_eager")

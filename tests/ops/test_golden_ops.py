@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megalodon_plugin.ops import NormState, cema, timestep_norm
-from megalodon_plugin.ops.cema.op import cema_definition
-from megalodon_plugin.ops.timestep_norm.op import timestep_norm_definition
+from megalodon_plugin.ops.cema import cema_definition
+from megalodon_plugin.ops.timestep_norm import timestep_norm_definition
 
 from support.golden_cases import F64_TOLERANCE, assert_close, case_names, group, leaf, load
 

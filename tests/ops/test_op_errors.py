@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megalodon_plugin.ops import NormState, cema, chunk_attention, timestep_norm
-from megalodon_plugin.ops.cema.op import cema_definition
-from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
-from megalodon_plugin.ops.timestep_norm.op import timestep_norm_definition
+from megalodon_plugin.ops.cema import cema_definition
+from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
+from megalodon_plugin.ops.timestep_norm import timestep_norm_definition
 
 B, L, D, G, N, H, E, W, C = 2, 5, 6, 3, 4, 2, 4, 3, 4
 

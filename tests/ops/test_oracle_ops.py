@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from megalodon_plugin.ops import NormState, cema, chunk_attention, timestep_norm
-from megalodon_plugin.ops.cema.op import cema_definition
-from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
-from megalodon_plugin.ops.timestep_norm.op import timestep_norm_definition
+from megalodon_plugin.ops.cema import cema_definition
+from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
+from megalodon_plugin.ops.timestep_norm import timestep_norm_definition
 
 import reference
 from support.golden_cases import F64_TOLERANCE, as_complex, as_pairs, assert_close

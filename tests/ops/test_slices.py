@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from megalodon_plugin.ops import NormState, cema, timestep_norm
-from megalodon_plugin.ops.cema.slices import CemaParameters, cema_fold, cema_summary, cema_summary_grad
-from megalodon_plugin.ops.timestep_norm.op import merge_norm_states
-from megalodon_plugin.ops.timestep_norm.slices import norm_fold, norm_fold_grad, norm_summary
+from megalodon_plugin.ops.cema import CemaParameters, cema_fold, cema_summary, cema_summary_grad
+from megalodon_plugin.ops.timestep_norm import merge_norm_states, norm_fold, norm_fold_grad, norm_summary
 
 BATCH, DIM, ORDER, GROUPS = 2, 6, 3, 2
 

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model import attention as attention_module
-from megalodon_plugin.ops import dispatch as backend
-from megalodon_plugin.ops.chunk_attention.op import chunk_attention_definition
+from megalodon_plugin.ops import dispatch
+from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
 from megalodon_plugin.titan import job_rules
 from megalodon_plugin.titan.model_args import MODEL_OPTIONS, Flavors, MegalodonModelArgs
 
@@ -91,13 +91,13 @@ def test_options_that_are_not_given_stay_the_flavors(tmp_path: Path) -> None:
 
 
 def test_the_mode_of_the_kernels(tmp_path: Path) -> None:
-    with backend.use_kernels("auto"):
+    with dispatch.use_kernels("auto"):
         args_of(tmp_path, megalodon={"kernels": "off"})
-        assert backend.kernels_mode() == "off"
+        assert dispatch.kernels_mode() == "off"
         args_of(tmp_path)  # says nothing of them
-        assert backend.kernels_mode() == "off"
+        assert dispatch.kernels_mode() == "off"
         args_of(tmp_path, "--megalodon.kernels", "require")
-        assert backend.kernels_mode() == "require"
+        assert dispatch.kernels_mode() == "require"
 
 
 def test_the_tokenizer_decides_the_vocabulary_unless_the_job_does(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections import deque
 import torch
 
 from megalodon_plugin.ops import NormState
-from megalodon_plugin.ops.timestep_norm.op import merge_norm_states
+from megalodon_plugin.ops.timestep_norm import merge_norm_states
 
 from ..state import MegalodonState
 

@@ -31,6 +31,21 @@ from ..checks import compute_dtype
 BLOCK = 64  # steps: the products inside a block cost T, those with the state 4N multiply-adds an element; N is 16
 
 
+class CemaParameters(NamedTuple):
+    """The parameters of `cema`, in its shapes, and whether the input coefficient is rotated ("paper")."""
+
+    alpha: Tensor
+    delta: Tensor
+    theta: Tensor
+    gamma: Tensor
+    omega: Tensor
+    rotate_input: bool
+
+    def coefficients(self) -> "Coefficients":
+        """p, q and g; omega has no part in them."""
+        return coefficients(self.alpha, self.delta, self.theta, self.gamma, self.rotate_input)
+
+
 class Coefficients(NamedTuple):
     """p, log q and g of every channel and order, complex128 (D, N), and what their gradients need."""
 

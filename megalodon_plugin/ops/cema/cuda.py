@@ -12,18 +12,18 @@ from torch import Tensor
 from megalodon_plugin import kernels
 
 from ..launching import address, contiguous, multiprocessors, packed, parameter_struct, stream_of
+from .blocks import CemaParameters
 from .tiles import (
     PASS_BLOCKS,
     VARIANTS,
-    Plan,
+    Tiles,
     divide_grad,
     divide_pass,
     grad_shared_bytes,
-    make_plan,
     pass_shared_bytes,
 )
 
-__all__ = ["VARIANTS", "Plan", "backward", "divide_pass", "forward", "make_plan"]
+__all__ = ["VARIANTS", "Tiles", "backward", "divide_pass", "forward"]
 
 _SLOTS = 19  # complex numbers that cema_prepare makes of a channel and order
 
@@ -62,26 +62,27 @@ _Short = parameter_struct(
 class Call:
     """One forward or backward pass: the activation's sizes, the coefficients, the launches."""
 
-    def __init__(self, plan: Plan, x: Tensor, parameters: tuple[Tensor, ...], rotate_input: bool) -> None:
-        self.plan, self.device, self.rotate_input = plan, x.device, rotate_input
+    def __init__(self, tiles: Tiles, x: Tensor, parameters: CemaParameters) -> None:
+        self.tiles, self.device = tiles, x.device
         self.batch, self.length, self.dim = x.shape
-        self.alpha, self.delta, self.theta, self.gamma, self.omega = (p.contiguous() for p in parameters)
+        *tensors, self.rotate_input = parameters
+        self.alpha, self.delta, self.theta, self.gamma, self.omega = (p.contiguous() for p in tensors)
         self.order = self.alpha.shape[1]
         self.item = x.element_size()
         self.stream = stream_of(x.device)
-        self.whole, self.rest = plan.split(self.length)
-        self.tiles = -(-self.whole // (PASS_BLOCKS * plan.block))
-        self.channel_groups = -(-self.dim // plan.pass_channels)
-        self.division = divide_pass(self.batch, max(self.tiles, 1), self.channel_groups, multiprocessors(x.device))
-        real = torch.float64 if plan.terms == 3 else torch.float32
-        count = self.dim * (plan.orders * _SLOTS * 2 + plan.block)
+        self.whole, self.rest = tiles.split(self.length)
+        self.n_tiles = -(-self.whole // (PASS_BLOCKS * tiles.block))
+        self.channel_groups = -(-self.dim // tiles.pass_channels)
+        self.division = divide_pass(self.batch, max(self.n_tiles, 1), self.channel_groups, multiprocessors(x.device))
+        real = torch.float64 if tiles.terms == 3 else torch.float32
+        count = self.dim * (tiles.orders * _SLOTS * 2 + tiles.block)
         self.coefficients = torch.empty(count, dtype=real, device=x.device)
-        self.lags = self.coefficients.data_ptr() + self.dim * plan.orders * _SLOTS * 2 * real.itemsize
+        self.lags = self.coefficients.data_ptr() + self.dim * tiles.orders * _SLOTS * 2 * real.itemsize
 
     def launch(self, name: str, grid: tuple[int, int, int], threads: int, params, shared: int, **defines: int) -> None:
         channels, aligned = defines.pop("CHANNELS", 8), bool(defines.pop("ALIGNED", 1))
         kernel = kernels.load(
-            f"cema/{name}.cu", f"cema_{name}", self.plan.defines(channels, aligned, **defines), self.device
+            f"cema/{name}.cu", f"cema_{name}", self.tiles.defines(channels, aligned, **defines), self.device
         )
         kernel.launch(grid, threads, params, self.stream, shared)
 
@@ -90,7 +91,7 @@ class Call:
         return self.dim % 8 == 0 and all(t.data_ptr() % 16 == 0 and t.stride(0) * self.item % 16 == 0 for t in tensors)
 
     def prepare(self) -> None:
-        segment = self.division.segment_tiles * PASS_BLOCKS * self.plan.block
+        segment = self.division.segment_tiles * PASS_BLOCKS * self.tiles.block
         params = _Prepare(
             self.alpha.data_ptr(),
             self.delta.data_ptr(),
@@ -104,7 +105,7 @@ class Call:
             self.order,
             self.rotate_input,
         )
-        self.launch("prepare", (-(-self.dim * self.plan.orders // 256), 1, 1), 256, params, 0)
+        self.launch("prepare", (-(-self.dim * self.tiles.orders // 256), 1, 1), 256, params, 0)
 
     def walk(self, x, y, state_in: int | None, state_out: int | None, kept: Tensor | None, reverse: bool) -> None:
         """`cema_pass` over the whole blocks; the states are addresses, `kept` receives those at the groups' edges."""
@@ -136,11 +137,11 @@ class Call:
         return left
 
     def _launch_pass(self, params, segments: int, aligned: bool, reverse: bool, summary: bool) -> None:
-        plan = self.plan
-        macros = {"CHANNELS": plan.pass_channels, "ALIGNED": aligned, "REVERSE": int(reverse)}
-        macros |= {"OUT_SHARED": plan.out_shared, "SUMMARY": int(summary)}
+        tiles = self.tiles
+        macros = {"CHANNELS": tiles.pass_channels, "ALIGNED": aligned, "REVERSE": int(reverse)}
+        macros |= {"OUT_SHARED": tiles.out_shared, "SUMMARY": int(summary)}
         grid = (self.channel_groups, -(-self.batch // self.division.rows), segments)
-        self.launch("pass", grid, 32 * plan.pass_channels, params, pass_shared_bytes(plan), **macros)
+        self.launch("pass", grid, 32 * tiles.pass_channels, params, pass_shared_bytes(tiles), **macros)
 
     def short(self, x: Tensor, y: Tensor, state_in: int | None, state_out: int | None, **backward) -> None:
         """`cema_short` over the rest; `backward` holds dy, state_grad_in, partial and partial_omega."""
@@ -165,21 +166,19 @@ class Call:
             self.dim,
             self.order,
         )
-        grid = (-(-self.dim * self.plan.orders // 256), self.batch if dy is None else 1, 1)
+        grid = (-(-self.dim * self.tiles.orders // 256), self.batch if dy is None else 1, 1)
         self.launch("short", grid, 256, params, 0, BACKWARD=int(dy is not None))
 
 
-def forward(
-    plan: Plan, x: Tensor, parameters: tuple[Tensor, ...], h0: Tensor | None, rotate_input: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(tiles: Tiles, x: Tensor, parameters: CemaParameters, h0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, L, D), h (B, D, N, 2), and the states at the groups' edges (kept states, B, D, N, 2)."""
     x = packed(x)
-    call = Call(plan, x, parameters, rotate_input)
+    call = Call(tiles, x, parameters)
     call.prepare()
     shape = (call.batch, call.dim, call.order, 2)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = torch.empty(shape, dtype=torch.float32, device=x.device)
-    kept = torch.empty((plan.kept_states(call.length), *shape), dtype=torch.float32, device=x.device)
+    kept = torch.empty((tiles.kept_states(call.length), *shape), dtype=torch.float32, device=x.device)
     h0 = contiguous(h0)  # kept while its address is in use
     start = address(h0)
     if call.whole:
@@ -191,18 +190,17 @@ def forward(
 
 
 def backward(
-    plan: Plan,
+    tiles: Tiles,
     dy: Tensor,
     dh_last: Tensor | None,
     x: Tensor,
-    parameters: tuple[Tensor, ...],
+    parameters: CemaParameters,
     h0: Tensor | None,
-    rotate_input: bool,
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dalpha, ddelta, dtheta, dgamma, domega, dh0."""
     x, dy = packed(x), packed(dy)
-    call = Call(plan, x, parameters, rotate_input)
+    call = Call(tiles, x, parameters)
     call.prepare()
     shape = (call.batch, call.dim, call.order, 2)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -211,14 +209,14 @@ def backward(
     start = address(h0)
     dh_last = contiguous(dh_last)
     end = address(dh_last)
-    channel_groups = -(-call.dim // plan.grad_channels)
-    groups, order_groups = plan.groups(call.length), plan.orders // 16
+    channel_groups = -(-call.dim // tiles.grad_channels)
+    groups, order_groups = tiles.groups(call.length), tiles.orders // 16
     parts = 0
     if call.whole:
         parts = divide_grad(call.batch, groups, channel_groups * order_groups, multiprocessors(x.device))
     slots = parts + int(call.rest > 0)
-    partial = torch.empty(slots * call.dim * (plan.orders * 6 + 1), dtype=torch.float32, device=x.device)
-    slot_bytes, omega_bytes = call.dim * plan.orders * 6 * 4, call.dim * 4
+    partial = torch.empty(slots * call.dim * (tiles.orders * 6 + 1), dtype=torch.float32, device=x.device)
+    slot_bytes, omega_bytes = call.dim * tiles.orders * 6 * 4, call.dim * 4
     partial_omega = partial.data_ptr() + slots * slot_bytes
     if call.rest:
         middle = torch.empty(shape, dtype=torch.float32, device=x.device) if call.whole else dh0
@@ -253,9 +251,9 @@ def backward(
             call.dim,
             call.order,
         )
-        macros = {"CHANNELS": plan.grad_channels, "ALIGNED": call.aligned(x, dy)}
+        macros = {"CHANNELS": tiles.grad_channels, "ALIGNED": call.aligned(x, dy)}
         grid = (channel_groups, parts, order_groups)
-        call.launch("grad", grid, 32 * plan.grad_channels, params, grad_shared_bytes(plan), **macros)
+        call.launch("grad", grid, 32 * tiles.grad_channels, params, grad_shared_bytes(tiles), **macros)
     dalpha, ddelta, dtheta, dgamma, domega = _finish(call, partial, partial_omega, slots)
     return dx, dalpha, ddelta, dtheta, dgamma, domega, dh0
 
@@ -274,5 +272,5 @@ def _finish(call: Call, partial: Tensor, partial_omega: int, slots: int) -> tupl
         slots,
         call.rotate_input,
     )
-    call.launch("finish", (-(-call.dim * call.plan.orders // 256), 1, 1), 256, params, 0)
+    call.launch("finish", (-(-call.dim * call.tiles.orders // 256), 1, 1), 256, params, 0)
     return grads

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import dispatch as backend
+from .. import dispatch
 from ..checks import check_activation, check_parameter, compute_dtype, without_autocast
 from ..library import define_gradient, define_op
-from . import blocks
-from . import cuda as cema_cuda
+from . import blocks, cuda
+from .blocks import CemaParameters
+from .tiles import Tiles, choose_tiles
 
 CEMA_INPUTS = ("released", "paper")
 
@@ -51,8 +52,10 @@ def cema(
     Raises:
         ValueError: a shape, a dtype (float16 is refused) or `cema_input` breaks a rule above.
     """
-    _check(x, alpha, delta, theta, gamma, omega, h0, cema_input)
-    y, h, _ = _cema_op(x, alpha, delta, theta, gamma, omega, h0, cema_input == "paper")
+    _check_cema_input(cema_input)
+    parameters = CemaParameters(alpha, delta, theta, gamma, omega, cema_input == "paper")
+    _check(x, parameters, h0)
+    y, h, _ = _cema_op(x, alpha, delta, theta, gamma, omega, h0, parameters.rotate_input)
     return y, (h if return_state else None)
 
 
@@ -68,7 +71,8 @@ def cema_definition(
     cema_input: str = "released",
 ) -> tuple[Tensor, Tensor | None]:
     """`cema` as its equation reads: a loop over time, in the parameters' dtype. The contract of every fast path."""
-    _check(x, alpha, delta, theta, gamma, omega, h0, cema_input)
+    _check_cema_input(cema_input)
+    _check(x, CemaParameters(alpha, delta, theta, gamma, omega, cema_input == "paper"), h0)
     dtype = compute_dtype(x, alpha)
     order = alpha.shape[1]
     a, d = torch.sigmoid(alpha.to(dtype))[..., 0], torch.sigmoid(delta.to(dtype))[..., 0]  # (D, N)
@@ -96,8 +100,14 @@ def cema_flops(tokens: int, dim: int, order: int) -> int:
     return tokens * dim * (12 * order + 2)
 
 
-def _check(x, alpha, delta, theta, gamma, omega, h0, cema_input) -> None:
+def _check_cema_input(cema_input: str) -> None:
+    if cema_input not in CEMA_INPUTS:
+        raise ValueError(f"`cema_input` must be one of {CEMA_INPUTS}, but is {cema_input!r}")
+
+
+def _check(x: Tensor, parameters: CemaParameters, h0: Tensor | None) -> None:
     check_activation("x", x, 3)
+    alpha, delta, theta, gamma, omega, _ = parameters
     if alpha.ndim != 3:
         raise ValueError(f"`alpha` must have shape (D, N, 1), but has {tuple(alpha.shape)}")
     dim, order = x.shape[2], alpha.shape[1]
@@ -110,20 +120,24 @@ def _check(x, alpha, delta, theta, gamma, omega, h0, cema_input) -> None:
         check_parameter("h0", h0, (x.shape[0], dim, order, 2))
         if h0.dtype != alpha.dtype:
             raise ValueError(f"`h0` must have alpha's dtype {alpha.dtype}, but is {h0.dtype}")
-    if cema_input not in CEMA_INPUTS:
-        raise ValueError(f"`cema_input` must be one of {CEMA_INPUTS}, but is {cema_input!r}")
 
 
-def kernel_plan(x: Tensor, alpha: Tensor) -> cema_cuda.Plan | None:
+def kernel_tiles(x: Tensor, alpha: Tensor) -> Tiles | None:
     """The kernels' variant for this call, or None where PyTorch code runs. Nothing but shapes and dtypes decides."""
-    if not x.is_cuda or alpha.dtype != torch.float32 or backend.kernels_mode() == "off":
+    if not x.is_cuda or alpha.dtype != torch.float32 or dispatch.kernels_mode() == "off":
         return None
-    return cema_cuda.make_plan(x.shape[1], alpha.shape[1], x.dtype)
+    return choose_tiles(x.shape[1], alpha.shape[1], x.dtype)
 
 
-def _kept_shape(x: Tensor, alpha: Tensor, plan: cema_cuda.Plan | None) -> tuple[int, ...]:
+def kept_states(length: int, order: int, dtype: torch.dtype) -> int:
+    """Hidden states (B, D, N, 2) that a forward pass on a GPU keeps inside a sequence for the backward pass."""
+    tiles = choose_tiles(length, order, dtype)
+    return 0 if tiles is None else tiles.kept_states(length)
+
+
+def _kept_shape(x: Tensor, alpha: Tensor, tiles: Tiles | None) -> tuple[int, ...]:
     """Shape of the states that a forward pass keeps for the backward pass; PyTorch code keeps none."""
-    return (plan.kept_states(x.shape[1]) if plan else 0, x.shape[0], x.shape[2], alpha.shape[1], 2)
+    return (tiles.kept_states(x.shape[1]) if tiles else 0, x.shape[0], x.shape[2], alpha.shape[1], 2)
 
 
 def _forward_impl(
@@ -137,20 +151,21 @@ def _forward_impl(
     rotate_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and states inside the sequence that the backward pass of the kernels starts from."""
-    plan = kernel_plan(x, alpha)
-    if plan is not None and x.numel():
-        parameters = (alpha, delta, theta, gamma, omega)
-        found = backend.available("cema", x, lambda: cema_cuda.forward(plan, x, parameters, h0, rotate_input))
+    tiles = kernel_tiles(x, alpha)
+    parameters = CemaParameters(alpha, delta, theta, gamma, omega, rotate_input)
+    if tiles is not None and x.numel():
+        found = dispatch.kernel_or_none("cema", x, lambda: cuda.forward(tiles, x, parameters, h0))
         if found is not None:
             return found
-    y, h = _torch_forward(x, alpha, delta, theta, gamma, omega, h0, rotate_input)
+    y, h = _torch_forward(x, parameters, h0)
     # A kernel that met these states by mistake would show it.
-    return y, h, alpha.new_full(_kept_shape(x, alpha, plan), float("nan"))
+    return y, h, alpha.new_full(_kept_shape(x, alpha, tiles), float("nan"))
 
 
-def _torch_forward(x, alpha, delta, theta, gamma, omega, h0, rotate_input) -> tuple[Tensor, Tensor]:
+def _torch_forward(x: Tensor, parameters: CemaParameters, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+    alpha, omega = parameters.alpha, parameters.omega
     with without_autocast(x):
-        c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
+        c = parameters.coefficients()
         h, dtype, whole = blocks.start_state(x, alpha, h0), compute_dtype(x, alpha), blocks.split(x.shape[1])
         outputs = []
         for piece, block in ((x[:, :whole], blocks.BLOCK), (x[:, whole:], x.shape[1] - whole)):
@@ -173,22 +188,22 @@ def _backward_impl(
     rotate_input: bool,
     kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dalpha, ddelta, dtheta, dgamma, domega, dh0. States between the kept ones are made again, not stored."""
-    plan = kernel_plan(x, alpha)
-    parameters = (alpha, delta, theta, gamma, omega)
-    if plan is not None and x.numel() and kept.shape[0] == plan.kept_states(x.shape[1]):
-        found = backend.available(
-            "cema", x, lambda: cema_cuda.backward(plan, dy, dh_last, x, parameters, h0, rotate_input, kept)
-        )
+    """dx, dalpha, ddelta, dtheta, dgamma, domega, dh0. States between the kept ones are recomputed, not stored."""
+    tiles = kernel_tiles(x, alpha)
+    parameters = CemaParameters(alpha, delta, theta, gamma, omega, rotate_input)
+    if tiles is not None and x.numel() and kept.shape[0] == tiles.kept_states(x.shape[1]):
+        found = dispatch.kernel_or_none("cema", x, lambda: cuda.backward(tiles, dy, dh_last, x, parameters, h0, kept))
         if found is not None:
             return found
-    return _torch_backward(dy, dh_last, x, parameters, h0, rotate_input)
+    return _torch_backward(dy, dh_last, x, parameters, h0)
 
 
-def _torch_backward(dy, dh_last, x, parameters, h0, rotate_input):
-    alpha, delta, theta, gamma, omega = parameters
+def _torch_backward(
+    dy: Tensor, dh_last: Tensor | None, x: Tensor, parameters: CemaParameters, h0: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    alpha, omega = parameters.alpha, parameters.omega
     with without_autocast(x):
-        c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
+        c = parameters.coefficients()
         dtype, whole = compute_dtype(x, alpha), blocks.split(x.shape[1])
         h, dh = blocks.start_state(x, alpha, h0), blocks.start_state(x, alpha, dh_last)
         dxs: list[Tensor] = []
@@ -224,7 +239,7 @@ _cema_backward_op = define_op("cema_backward", _backward_impl)
 @torch.library.register_fake("megalodon::cema")
 def _(x, alpha, delta, theta, gamma, omega, h0, rotate_input):
     state = alpha.new_empty(x.shape[0], x.shape[2], alpha.shape[1], 2)
-    return x.new_empty(x.shape), state, alpha.new_empty(_kept_shape(x, alpha, kernel_plan(x, alpha)))
+    return x.new_empty(x.shape), state, alpha.new_empty(_kept_shape(x, alpha, kernel_tiles(x, alpha)))
 
 
 @torch.library.register_fake("megalodon::cema_backward")

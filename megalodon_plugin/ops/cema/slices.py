@@ -11,28 +11,15 @@ With the state before it and the gradient of the state after it, each slice's ow
 every gradient: nothing else has to cross. (arXiv 2404.08801, section 3.4, has a chain of messages instead.)
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .. import dispatch as backend
+from .. import dispatch
 from ..checks import check_activation, compute_dtype, without_autocast
 from ..library import define_op
-from . import blocks
-from . import slices_cuda as cema_slice_cuda
-from .op import kernel_plan
-
-
-class CemaParameters(NamedTuple):
-    """Parameters of `ops.cema`, shapes as there, and whether the input coefficient is rotated ("paper")."""
-
-    alpha: Tensor
-    delta: Tensor
-    theta: Tensor
-    gamma: Tensor
-    omega: Tensor
-    rotate_input: bool
+from . import blocks, slices_cuda
+from .blocks import CemaParameters
+from .op import kernel_tiles
 
 
 def cema_summary(x: Tensor, parameters: CemaParameters) -> Tensor:
@@ -41,12 +28,12 @@ def cema_summary(x: Tensor, parameters: CemaParameters) -> Tensor:
     No gradient flows through it; see `cema_summary_grad`.
     """
     check_activation("x", x, 3)
-    return _walk_op(x, *parameters, False)
+    return _scan_op(x, *parameters, False)
 
 
 def cema_summary_grad(dy: Tensor, parameters: CemaParameters) -> Tensor:
     """The gradient (B, D, N, 2) of the hidden state before a slice that its output's gradient dy (B, L, D) makes."""
-    return _walk_op(dy, *parameters, True)
+    return _scan_op(dy, *parameters, True)
 
 
 def cema_fold(summaries: Tensor, parameters: CemaParameters, length: int, rank: int, reverse: bool = False) -> Tensor:
@@ -66,7 +53,7 @@ def cema_fold(summaries: Tensor, parameters: CemaParameters, length: int, rank: 
     return _fold_op(summaries, alpha, delta, theta, gamma, rotate_input, length, rank, reverse)
 
 
-def _walk_impl(
+def _scan_impl(
     x: Tensor,
     alpha: Tensor,
     delta: Tensor,
@@ -76,20 +63,18 @@ def _walk_impl(
     rotate_input: bool,
     reverse: bool,
 ) -> Tensor:
-    plan = kernel_plan(x, alpha)
-    if plan is not None and x.numel() and x.shape[1] % plan.block == 0:
-        parameters = (alpha, delta, theta, gamma, omega)
-        found = backend.available(
-            "cema", x, lambda: cema_slice_cuda.summary(plan, x, parameters, rotate_input, reverse)
-        )
+    tiles = kernel_tiles(x, alpha)
+    parameters = CemaParameters(alpha, delta, theta, gamma, omega, rotate_input)
+    if tiles is not None and x.numel() and x.shape[1] % tiles.block == 0:
+        found = dispatch.kernel_or_none("cema", x, lambda: slices_cuda.summary(tiles, x, parameters, reverse))
         if found is not None:
             return found
     with without_autocast(x):
-        c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
-        return _torch_walk(x, alpha, c, omega, reverse)
+        return _torch_scan(x, parameters, reverse)
 
 
-def _torch_walk(x: Tensor, alpha: Tensor, c: blocks.Coefficients, omega: Tensor, reverse: bool) -> Tensor:
+def _torch_scan(x: Tensor, parameters: CemaParameters, reverse: bool) -> Tensor:
+    alpha, omega, c = parameters.alpha, parameters.omega, parameters.coefficients()
     whole, step = blocks.split(x.shape[1]), blocks.slice_state_grad if reverse else blocks.slice_state
     state = blocks.start_state(x, alpha, None)
     pieces = [(x[:, :whole], blocks.BLOCK), (x[:, whole:], x.shape[1] - whole)]
@@ -110,9 +95,9 @@ def _fold_impl(
     rank: int,
     reverse: bool,
 ) -> Tensor:
-    if kernel_plan(summaries, alpha) is not None:
+    if kernel_tiles(summaries, alpha) is not None:
         call = (summaries, (alpha, delta, theta), length, rank, reverse)
-        found = backend.available("cema", summaries, lambda: cema_slice_cuda.fold(*call))
+        found = dispatch.kernel_or_none("cema", summaries, lambda: slices_cuda.fold(*call))
         if found is not None:
             return found
     c = blocks.coefficients(alpha, delta, theta, gamma, rotate_input)
@@ -128,7 +113,7 @@ def _fold_impl(
     return total.contiguous()
 
 
-_walk_op = define_op("cema_summary", _walk_impl)
+_scan_op = define_op("cema_summary", _scan_impl)
 _fold_op = define_op("cema_fold", _fold_impl)
 
 

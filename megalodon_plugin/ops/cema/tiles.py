@@ -12,7 +12,7 @@ MAX_ORDER = 32
 PASS_BLOCKS, GROUP_BLOCKS = 16, 32  # blocks of a tile of cema_pass, and of a group of cema_grad
 
 
-class Plan(NamedTuple):
+class Tiles(NamedTuple):
     """Which variant of the kernels takes an activation; the letters are those of the macros in cema/common.cuh."""
 
     block: int  # T
@@ -46,19 +46,19 @@ class Plan(NamedTuple):
         return max(self.groups(length) - 1, 0) + int(whole > 0 and rest > 0)
 
 
-def make_plan(length: int, order: int, dtype: torch.dtype) -> Plan | None:
+def choose_tiles(length: int, order: int, dtype: torch.dtype) -> Tiles | None:
     """The kernels' variant for an activation of `length` steps, or None if there is none for it."""
     if order > MAX_ORDER or length >= 2**31 or dtype not in (torch.bfloat16, torch.float32):
         return None
     if dtype == torch.float32:
-        return Plan(16, 16 if order <= 16 else 32, 3, 8, 8, 1)
+        return Tiles(16, 16 if order <= 16 else 32, 3, 8, 8, 1)
     if order > 16:
-        return Plan(16, 32, 2, 8, 8, 1)
+        return Tiles(16, 32, 2, 8, 8, 1)
     # A tile is 16 blocks. Blocks of 32 steps need fewer instructions a step, unless half of a tile would be empty.
     long_tiles, short_tiles = -(-length // 512), -(-length // 256)
     if 2 * long_tiles <= short_tiles + short_tiles // 4:
-        return Plan(32, 16, 2, 16, 8, 1)
-    return Plan(16, 16, 2, 16, 8, 0)
+        return Tiles(32, 16, 2, 16, 8, 1)
+    return Tiles(16, 16, 2, 16, 8, 0)
 
 
 class Division(NamedTuple):
@@ -70,13 +70,13 @@ class Division(NamedTuple):
 
 
 @functools.cache
-def divide_pass(batch: int, tiles: int, channel_groups: int, processors: int) -> Division:
+def divide_pass(batch: int, n_tiles: int, channel_groups: int, processors: int) -> Division:
     """A thread block walks whole rows if that fills the GPU: a segment's start must first be found by a second pass."""
     segments = 1
-    if 2 * batch * channel_groups <= processors and tiles >= 16:
-        segments = min(processors // (batch * channel_groups), tiles // 8)
-    segment_tiles = -(-tiles // segments)
-    segments = -(-tiles // segment_tiles)
+    if 2 * batch * channel_groups <= processors and n_tiles >= 16:
+        segments = min(processors // (batch * channel_groups), n_tiles // 8)
+    segment_tiles = -(-n_tiles // segments)
+    segments = -(-n_tiles // segment_tiles)
     start = 4  # making the tables takes about as long as so many tiles
 
     def cost(parts: int) -> tuple[int, int]:
@@ -99,41 +99,41 @@ def divide_grad(batch: int, groups: int, channel_groups: int, processors: int) -
     return min(range(1, min(items, 16) + 1), key=cost)
 
 
-def pass_shared_bytes(plan: Plan) -> int:
+def pass_shared_bytes(tiles: Tiles) -> int:
     """Of cema/pass.cu: two tiles, the scan's powers and the out table of every channel."""
-    planes, powers, entry = (3, 112, 24) if plan.terms == 3 else (1, 8, 16)
-    channel_words = planes * PASS_BLOCKS * (plan.block // 2 + 2) + 2
-    tile_words = -(-plan.pass_channels * channel_words // 4) * 4
-    out_entries = plan.block // 8 * (plan.orders // 8) * plan.out_shared
-    return 2 * tile_words * 4 + plan.pass_channels * (plan.orders * powers + out_entries * 32 * entry)
+    planes, powers, entry = (3, 112, 24) if tiles.terms == 3 else (1, 8, 16)
+    channel_words = planes * PASS_BLOCKS * (tiles.block // 2 + 2) + 2
+    tile_words = -(-tiles.pass_channels * channel_words // 4) * 4
+    out_entries = tiles.block // 8 * (tiles.orders // 8) * tiles.out_shared
+    return 2 * tile_words * 4 + tiles.pass_channels * (tiles.orders * powers + out_entries * 32 * entry)
 
 
-def grad_shared_bytes(plan: Plan) -> int:
+def grad_shared_bytes(tiles: Tiles) -> int:
     """Of cema/grad.cu: two tiles of x and of dy, and both tables of every channel."""
-    planes = 3 if plan.terms == 3 else 1
-    tile = plan.grad_channels * planes * 4 * (8 * (plan.block // 2 + 4) + 8) * 4
-    return 4 * tile + plan.grad_channels * 2 * 2 * (plan.block // 16) * plan.terms * 32 * 16
+    planes = 3 if tiles.terms == 3 else 1
+    tile = tiles.grad_channels * planes * 4 * (8 * (tiles.block // 2 + 4) + 8) * 4
+    return 4 * tile + tiles.grad_channels * 2 * 2 * (tiles.block // 16) * tiles.terms * 32 * 16
 
 
 def _variants() -> tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]:
-    plans = [
-        make_plan(4096, 16, torch.bfloat16),
-        make_plan(256, 16, torch.bfloat16),
-        make_plan(4096, 32, torch.bfloat16),
-        make_plan(4096, 16, torch.float32),
-        make_plan(4096, 32, torch.float32),
+    variants = [
+        choose_tiles(4096, 16, torch.bfloat16),
+        choose_tiles(256, 16, torch.bfloat16),
+        choose_tiles(4096, 32, torch.bfloat16),
+        choose_tiles(4096, 16, torch.float32),
+        choose_tiles(4096, 32, torch.float32),
     ]
     found = []
-    for plan in plans:
-        assert plan is not None
-        found += [(name, plan.defines(8, True)) for name in ("prepare", "finish", "fold")]
-        found += [("short", plan.defines(8, True, BACKWARD=b)) for b in (0, 1)]
+    for tiles in variants:
+        assert tiles is not None
+        found += [(name, tiles.defines(8, True)) for name in ("prepare", "finish", "fold")]
+        found += [("short", tiles.defines(8, True, BACKWARD=b)) for b in (0, 1)]
         for aligned in (True, False):
             for reverse in (0, 1):
                 for summary in (0, 1):
-                    more = {"REVERSE": reverse, "OUT_SHARED": plan.out_shared, "SUMMARY": summary}
-                    found.append(("pass", plan.defines(plan.pass_channels, aligned, **more)))
-            found.append(("grad", plan.defines(plan.grad_channels, aligned)))
+                    more = {"REVERSE": reverse, "OUT_SHARED": tiles.out_shared, "SUMMARY": summary}
+                    found.append(("pass", tiles.defines(tiles.pass_channels, aligned, **more)))
+            found.append(("grad", tiles.defines(tiles.grad_channels, aligned)))
     return tuple((f"cema/{name}.cu", f"cema_{name}", defines) for name, defines in found)
 
 

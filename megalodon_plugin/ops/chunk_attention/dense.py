@@ -4,23 +4,23 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from .runs import Stretch
+from .runs import Run
 
 # Scores made at a time: 64 Mi numbers are 256 MiB in float32, far more than a GPU needs to be busy.
 SCORES_AT_ONCE = 1 << 26
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, out: Tensor, log_sum: Tensor) -> None:
-    """Fill the stretch of out (B, L, H, F) and of log_sum (B, L, H)."""
-    qc, kc, vc = (_by_chunk(t, stretch).to(_product_dtype(q)) for t in (q, k, v))
+def forward(q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, log_sum: Tensor) -> None:
+    """Fill the run's positions of out (B, L, H, F) and of log_sum (B, L, H)."""
+    qc, kc, vc = (_by_chunk(t, run).to(_product_dtype(q)) for t in (q, k, v))
     out_c = vc.new_empty(vc.shape)
-    sums = vc.new_empty(vc.shape[0], stretch.chunk, 1, dtype=log_sum.dtype)
-    for rows in _groups(vc.shape[0], stretch.chunk):
+    sums = vc.new_empty(vc.shape[0], run.chunk, 1, dtype=log_sum.dtype)
+    for rows in _groups(vc.shape[0], run.chunk):
         scores = _scores(qc[rows], kc[rows])
         sums[rows] = scores.logsumexp(-1, keepdim=True)
         out_c[rows] = scores.sub_(sums[rows]).exp_().to(vc.dtype) @ vc[rows]
-    _fill(out, out_c, stretch)
-    _fill(log_sum.unsqueeze(-1), sums, stretch)
+    _fill(out, out_c, run)
+    _fill(log_sum.unsqueeze(-1), sums, run)
 
 
 def backward(
@@ -30,14 +30,14 @@ def backward(
     v: Tensor,
     out: Tensor,
     log_sum: Tensor,
-    stretch: Stretch,
+    run: Run,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Fill the stretch of dq, dk and dv."""
-    qc, kc, vc, out_c, dout_c = (_by_chunk(t, stretch).to(_product_dtype(q)) for t in (q, k, v, out, dout))
-    sums = _by_chunk(log_sum.unsqueeze(-1), stretch)
+    """Fill the run's positions of dq, dk and dv."""
+    qc, kc, vc, out_c, dout_c = (_by_chunk(t, run).to(_product_dtype(q)) for t in (q, k, v, out, dout))
+    sums = _by_chunk(log_sum.unsqueeze(-1), run)
     dq, dk, dv = torch.empty_like(qc), torch.empty_like(kc), torch.empty_like(vc)
-    for rows in _groups(vc.shape[0], stretch.chunk):
+    for rows in _groups(vc.shape[0], run.chunk):
         weights = _scores(qc[rows], kc[rows]).sub_(sums[rows]).exp_()
         dv[rows] = weights.to(vc.dtype).transpose(1, 2) @ dout_c[rows]
         dscores = _full_product(dout_c[rows], vc[rows])
@@ -46,7 +46,7 @@ def backward(
         dq[rows] = dscores @ kc[rows]
         dk[rows] = dscores.transpose(1, 2) @ qc[rows]
     for grad, grad_c in zip(grads, (dq, dk, dv), strict=True):
-        _fill(grad, grad_c, stretch)
+        _fill(grad, grad_c, run)
 
 
 def future(scores: Tensor) -> Tensor:
@@ -54,17 +54,17 @@ def future(scores: Tensor) -> Tensor:
     return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
 
 
-def _by_chunk(t: Tensor, stretch: Stretch) -> Tensor:
+def _by_chunk(t: Tensor, run: Run) -> Tensor:
     """(B, L, H, .) -> (B * chunks * H, chunk, .)"""
-    t = t[:, stretch.start : stretch.stop].unflatten(1, (-1, stretch.chunk)).transpose(2, 3)
-    return t.reshape(-1, stretch.chunk, t.shape[-1])
+    t = t[:, run.start : run.stop].unflatten(1, (-1, run.chunk)).transpose(2, 3)
+    return t.reshape(-1, run.chunk, t.shape[-1])
 
 
-def _fill(t: Tensor, by_chunk: Tensor, stretch: Stretch) -> None:
-    """Write (B * chunks * H, chunk, .) to the stretch of t (B, L, H, .)."""
+def _fill(t: Tensor, by_chunk: Tensor, run: Run) -> None:
+    """Write (B * chunks * H, chunk, .) to the run's positions of t (B, L, H, .)."""
     batch, _, heads, width = t.shape
-    by_chunk = by_chunk.reshape(batch, stretch.n_chunks, heads, stretch.chunk, width).transpose(2, 3)
-    t[:, stretch.start : stretch.stop].unflatten(1, (-1, stretch.chunk)).copy_(by_chunk)
+    by_chunk = by_chunk.reshape(batch, run.n_chunks, heads, run.chunk, width).transpose(2, 3)
+    t[:, run.start : run.stop].unflatten(1, (-1, run.chunk)).copy_(by_chunk)
 
 
 def _groups(rows: int, chunk: int) -> list[slice]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalodon_plugin.kernels import KernelUnavailable
 
-from .runs import Stretch
+from .runs import Run
 
 BLOCK = 128
 """Chunks and values are cut into blocks of this many; so must be their sizes."""
@@ -72,11 +72,11 @@ PRODUCT_TRANSPOSED = Blocks(128, 256, 64, 8, 3)
 GRADIENTS = Blocks(128, 128, 64, 4, 3)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, stretch: Stretch, out: Tensor, log_sum: Tensor) -> None:
-    """Fill the stretch of out (B, L, H, F) bfloat16 and log_sum (B, L, H) float32. All tensors contiguous."""
+def forward(q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, log_sum: Tensor) -> None:
+    """Fill the run's positions of out (B, L, H, F) bfloat16 and log_sum (B, L, H) float32. All tensors contiguous."""
     inverse_sum = torch.empty_like(log_sum)
     with torch.cuda.device(q.device):
-        for group in _groups(q, stretch):
+        for group in _groups(q, run):
             weights = _square_matrices(q, group)
             _weights(q, k, weights, inverse_sum, log_sum, group)
             _product(weights, v, out, group, False, inverse_sum)
@@ -89,14 +89,14 @@ def backward(
     v: Tensor,
     out: Tensor,
     log_sum: Tensor,
-    stretch: Stretch,
+    run: Run,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Fill the stretch of dq, dk and dv. All tensors contiguous."""
+    """Fill the run's positions of dq, dk and dv. All tensors contiguous."""
     dq, dk, dv = grads
     with torch.cuda.device(q.device):
         delta = _delta(out, dout)
-        for group in _groups(q, stretch):
+        for group in _groups(q, run):
             weights, dscores = _square_matrices(q, group), _square_matrices(q, group)
             _gradients(q, k, v, dout, log_sum, delta, weights, dscores, group)
             _product(weights, dout, dv, group, True)
@@ -121,12 +121,12 @@ class Group:
         return self.first, self.n_chunks, self.n_heads, self.length, self.start, self.chunk
 
 
-def _groups(q: Tensor, stretch: Stretch) -> list[Group]:
+def _groups(q: Tensor, run: Run) -> list[Group]:
     batch, length, n_heads, _ = q.shape
-    n_matrices = batch * stretch.n_chunks * n_heads
-    step = max(1, WEIGHTS_AT_ONCE // stretch.chunk**2)
+    n_matrices = batch * run.n_chunks * n_heads
+    step = max(1, WEIGHTS_AT_ONCE // run.chunk**2)
     return [
-        Group(first, min(step, n_matrices - first), stretch.n_chunks, n_heads, length, stretch.start, stretch.chunk)
+        Group(first, min(step, n_matrices - first), run.n_chunks, n_heads, length, run.start, run.chunk)
         for first in range(0, n_matrices, step)
     ]
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import dispatch
 from ..checks import check_activation, compute_dtype, without_autocast
-from ..dispatch import available
 from ..library import define_gradient, define_op
-from . import dense as chunk_attention_dense
-from . import hopper as chunk_attention_cuda
-from .runs import stretches
+from . import dense, hopper
+from .runs import runs
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
@@ -51,7 +50,7 @@ def chunk_attention_definition(q: Tensor, k: Tensor, v: Tensor, chunk_size: int,
         q_c, k_c, v_c = (t[:, start : start + chunk_size].transpose(1, 2).to(dtype) for t in (q, k, v))  # (B, H, C, .)
         with without_autocast(q):
             scores = q_c @ k_c.transpose(2, 3)  # (B, H, C, C)
-            weights = scores.masked_fill(chunk_attention_dense.future(scores), float("-inf")).softmax(-1)
+            weights = scores.masked_fill(dense.future(scores), float("-inf")).softmax(-1)
             outputs.append((F.dropout(weights, dropout) @ v_c).transpose(1, 2))
     return torch.cat(outputs, 1).to(v.dtype)
 
@@ -81,36 +80,36 @@ def _forward_impl(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> tuple[Ten
     """The output and the logarithm of each softmax's sum, (B, L, H), which the backward pass starts from."""
     q, k, v = (t.contiguous() for t in (q, k, v))
     out, log_sum = v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q))
-    kernels = _kernels(q, v)
+    kernels = _kernels_or_none(q, v)
     with without_autocast(q):
-        for stretch in stretches(q.shape[1], chunk_size):
-            if kernels is not None and kernels.takes_chunk(stretch.chunk):
-                kernels.forward(q, k, v, stretch, out, log_sum)
+        for run in runs(q.shape[1], chunk_size):
+            if kernels is not None and kernels.takes_chunk(run.chunk):
+                kernels.forward(q, k, v, run, out, log_sum)
             else:
-                chunk_attention_dense.forward(q, k, v, stretch, out, log_sum)
+                dense.forward(q, k, v, run, out, log_sum)
     return out, log_sum
 
 
 def _backward_impl(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv. The weights are made again from the scores and their log-sum; dS = P (dP - sum out dout)."""
+    """dq, dk, dv. The weights are recomputed from the scores and their log-sum; dS = P (dP - sum out dout)."""
     dout, q, k, v = (t.contiguous() for t in (dout, q, k, v))
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    kernels = _kernels(q, v)
+    kernels = _kernels_or_none(q, v)
     with without_autocast(q):
-        for stretch in stretches(q.shape[1], chunk_size):
-            if kernels is not None and kernels.takes_chunk(stretch.chunk):
-                kernels.backward(dout, q, k, v, out, log_sum, stretch, grads)
+        for run in runs(q.shape[1], chunk_size):
+            if kernels is not None and kernels.takes_chunk(run.chunk):
+                kernels.backward(dout, q, k, v, out, log_sum, run, grads)
             else:
-                chunk_attention_dense.backward(dout, q, k, v, out, log_sum, stretch, grads)
+                dense.backward(dout, q, k, v, out, log_sum, run, grads)
     return grads
 
 
-def _kernels(q: Tensor, v: Tensor) -> ModuleType | None:
-    if not chunk_attention_cuda.takes(q, v):
+def _kernels_or_none(q: Tensor, v: Tensor) -> ModuleType | None:
+    if not hopper.takes(q, v):
         return None
-    return available("chunk_attention", q, chunk_attention_cuda.load)
+    return dispatch.kernel_or_none("chunk_attention", q, hopper.load)
 
 
 _attention_op = define_op("chunk_attention", _forward_impl)

@@ -1,10 +1,10 @@
-"""Where the chunks of a row lie: a stretch of whole ones and a short last one."""
+"""Where the chunks of a row lie: a run of whole chunks, then a short last one."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Run:
     """Consecutive chunks of one length in every row: `n_chunks` of `chunk` positions from `start` on."""
 
     start: int
@@ -16,8 +16,8 @@ class Stretch:
         return self.start + self.n_chunks * self.chunk
 
 
-def stretches(length: int, chunk_size: int) -> list[Stretch]:
+def runs(length: int, chunk_size: int) -> list[Run]:
     """The whole chunks and the short last one of a row of `length` >= 1, as far as there are such."""
     n_whole, rest = divmod(length, chunk_size)
-    found = [Stretch(0, n_whole, chunk_size), Stretch(length - rest, 1, rest)]
-    return [stretch for stretch in found if stretch.n_chunks * stretch.chunk > 0]
+    found = [Run(0, n_whole, chunk_size), Run(length - rest, 1, rest)]
+    return [run for run in found if run.n_chunks * run.chunk > 0]

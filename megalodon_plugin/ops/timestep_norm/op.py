@@ -14,21 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch as backend
+from .. import dispatch
 from ..checks import check_activation, check_parameter, compute_dtype, without_autocast
 from ..library import define_gradient, define_op
-from . import cuda as timestep_norm_cuda
-
-
-class NormState(NamedTuple):
-    """Running statistics of a TimestepNorm. `count` (B,) int64 timesteps, `mean` and `var` (B, G) float32.
-
-    They are float64 in a float64 model. At count 0 mean and var do not matter.
-    """
-
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nothing here needs
-    mean: Tensor
-    var: Tensor
+from . import cuda
+from .state import NormState, empty_norm_state
+from .tiles import takes
 
 
 def timestep_norm(
@@ -99,26 +90,6 @@ def timestep_norm_definition(
     last_mean = torch.where(untouched, state.mean, mean.to(weight.dtype))
     last_var = torch.where(untouched, state.var, var.to(weight.dtype))
     return torch.stack(outputs, 1).to(x.dtype), NormState(count, last_mean, last_var)
-
-
-def empty_norm_state(batch: int, num_groups: int, dtype: torch.dtype, device: torch.device) -> NormState:
-    """The state before the first step: count 0."""
-    zeros = torch.zeros(batch, num_groups, dtype=dtype, device=device)
-    return NormState(torch.zeros(batch, dtype=torch.int64, device=device), zeros, zeros.clone())
-
-
-def merge_norm_states(first: NormState, second: NormState) -> NormState:
-    """Statistics of two stretches of time, one after the other, from those of each.
-
-    n = n1 + n2,  mean = mean1 + (n2/n) d,  var = (n1/n) var1 + (n2/n) var2 + (n1/n) (n2/n) d^2,  d = mean2 - mean1.
-    """
-    count = first.count + second.count
-    share = (second.count.to(first.mean.dtype) / count.clamp(min=1)).unsqueeze(-1)  # n2/n, (B, 1)
-    # At count 0 mean and var may hold anything, also NaN, so they are masked and not only weighted by 0.
-    mean1, var1 = (torch.where(first.count.unsqueeze(-1) > 0, s, 0) for s in (first.mean, first.var))
-    mean2, var2 = (torch.where(second.count.unsqueeze(-1) > 0, s, 0) for s in (second.mean, second.var))
-    d = torch.where((first.count > 0).unsqueeze(-1), mean2 - mean1, mean2)
-    return NormState(count, mean1 + share * d, (1 - share) * var1 + share * var2 + share * (1 - share) * d * d)
 
 
 def _check(x, weight, bias, num_groups, state, padding_mask) -> None:
@@ -210,9 +181,9 @@ def _forward_impl(
     """y, the state after (count, mean, var), and for the backward pass the running mean of each step, minus the carried
     one, and its 1/std, both (B, L, G).
     """
-    if x.is_cuda and timestep_norm_cuda.takes(x, weight, num_groups):
+    if x.is_cuda and takes(x, weight, num_groups):
         arguments = (x, weight, bias, count, mean, var, padding_mask, num_groups, eps)
-        found = backend.available("timestep_norm", x, lambda: timestep_norm_cuda.forward(*arguments))
+        found = dispatch.kernel_or_none("timestep_norm", x, lambda: cuda.forward(*arguments))
         if found is not None:
             return found
     with without_autocast(x):
@@ -267,10 +238,10 @@ def _backward_impl(
     and R_u = sum_{t>=u} dv_t / n_t:  d mu_u = P_u + 2 mu_u R_u,  d s2_u = R_u,  and the same for the carried state,
     weighted by its count.
     """
-    if x.is_cuda and timestep_norm_cuda.takes(x, weight, step_mean.shape[2]):
+    if x.is_cuda and takes(x, weight, step_mean.shape[2]):
         state = (count, mean, var, padding_mask, step_mean, step_rstd)
         arguments = (dy, dmean_last, dvar_last, x, weight, *state)
-        found = backend.available("timestep_norm", x, lambda: timestep_norm_cuda.backward(*arguments))
+        found = dispatch.kernel_or_none("timestep_norm", x, lambda: cuda.backward(*arguments))
         if found is not None:
             return found
     with without_autocast(x):

@@ -1,17 +1,17 @@
 """TimestepNorm on one of several consecutive slices of time: the statistics of the slice alone.
 
 A running mean and variance after n steps are the mean and population variance of all n F numbers of the group, so a
-slice's statistics need no walk over time; `timestep_norm.merge_norm_states` joins those of two slices.
+slice's statistics need no walk over time; `merge_norm_states` joins those of two slices.
 """
 
 import torch
 from torch import Tensor
 
-from .. import dispatch as backend
+from .. import dispatch
 from ..checks import check_activation, compute_dtype, without_autocast
 from ..library import define_gradient, define_op
-from . import slices_cuda as norm_summary_cuda
-from .op import NormState
+from . import slices_cuda
+from .state import NormState
 
 
 def norm_summary(x: Tensor, num_groups: int, dtype: torch.dtype) -> NormState:
@@ -64,8 +64,8 @@ def _fold_grad_impl(summaries: Tensor, grads: Tensor, rank: int) -> Tensor:
 
 
 def _forward_impl(x: Tensor, num_groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if x.is_cuda and dtype == torch.float32 and norm_summary_cuda.takes(x):
-        found = backend.available("timestep_norm", x, lambda: norm_summary_cuda.summary(x, num_groups))
+    if x.is_cuda and dtype == torch.float32 and slices_cuda.takes(x):
+        found = dispatch.kernel_or_none("timestep_norm", x, lambda: slices_cuda.summary(x, num_groups))
         if found is not None:
             return found
     with without_autocast(x):

@@ -10,7 +10,7 @@ from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.inference.norm_window import NormWindow, statistics_of_piece
 from megalodon_plugin.model.inference.scoring import Score, score_from, score_tensors, score_text, token_losses
 from megalodon_plugin.ops import NormState
-from megalodon_plugin.ops.timestep_norm.op import merge_norm_states
+from megalodon_plugin.ops.timestep_norm import merge_norm_states
 
 from support.small_model import SIZES
 
