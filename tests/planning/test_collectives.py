@@ -3,8 +3,6 @@ against the formulas behind `megalodon plan` and docs/scaling.md.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,7 @@ from megalodon_plugin.bench.parallel.run import SMALL
 from megalodon_plugin.bench.train.job import TrainingJob
 from megalodon_plugin.parallel.layout import Layout
 
-from support.processes import HANG_S
-from support.tiny_job import environment
+from support.processes import run_python
 
 LAYOUTS = {
     "fsdp 8": {"fsdp"},
@@ -39,9 +36,8 @@ def test_a_step_exchanges_what_the_formulas_say(name: str, tmp_path: Path) -> No
         layout=layout,
         fake_ranks=True,
     )
-    command = [sys.executable, *command_of_a_rank([Task(job, steps=4, count=True)], tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(*command_of_a_rank([Task(job, steps=4, count=True)], tmp_path))
+    assert done.returncode == 0, done.stdout[-3000:]
     found = json.loads((tmp_path / "0.0.json").read_text())
     assert found["exchanges"].keys() == LAYOUTS[name]
     assert found["differences"] == []
