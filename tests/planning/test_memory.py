@@ -85,7 +85,7 @@ def test_parameters_and_moments_are_those_of_the_model(preset: str, count: int) 
 @pytest.mark.parametrize("options", [*KINDS.values(), {"tie_embedding": True}], ids=[*KINDS, "tied"])
 @pytest.mark.parametrize(("shards", "tp"), [(4, 1), (2, 2), (1, 2)])
 def test_a_rank_holds_the_parts_that_the_host_gives_it(four_ranks: None, shards: int, tp: int, options: Any) -> None:
-    from megalodon_plugin.titan.parallelize import shard_model
+    from megalodon_plugin.titan.fsdp import shard_model
 
     cfg = MegalodonConfig(**SIZES | options)
     parameters = parameters_of(meta_model(cfg))
@@ -167,7 +167,7 @@ def checkpointed(model: Megalodon, mode: str) -> nn.Module:
     """The first layer as the host wraps it."""
     from torchtitan.config.job_config import ActivationCheckpoint
 
-    from megalodon_plugin.titan.parallelize import checkpoint_activations
+    from megalodon_plugin.titan.activation_checkpointing import checkpoint_activations
 
     if mode != "none":
         option = {"mode": "selective", "selective_ac_option": "op"} if mode == "op" else {"mode": mode}

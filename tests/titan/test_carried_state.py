@@ -227,7 +227,7 @@ def test_whole_chunks_need_no_caches() -> None:
 
 def dtypes_that_cema_gets() -> tuple[torch.dtype, torch.dtype]:
     """Of activations and state, in a layer that FSDP2 runs in bfloat16."""
-    from megalodon_plugin.titan.parallelize import shard_model
+    from megalodon_plugin.titan.fsdp import shard_model
 
     training = SimpleNamespace(
         mixed_precision_param="bfloat16", mixed_precision_reduce="float32", enable_cpu_offload=False

@@ -37,7 +37,7 @@ def stays_float32(name: str) -> bool:
 
 
 def sharded_model(how: str) -> nn.Module:
-    from megalodon_plugin.titan.parallelize import shard_model
+    from megalodon_plugin.titan.fsdp import shard_model
 
     torch.manual_seed(0)
     model = Megalodon(MegalodonConfig(**SIZES, tie_embedding=how == "tied"))
