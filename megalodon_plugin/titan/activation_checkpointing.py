@@ -8,8 +8,10 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 
 import megalodon_plugin.ops  # noqa: F401  registers torch.ops.megalodon
 
+from .stage import MegalodonStage
+
 # Results that selective activation checkpointing keeps. The host's own list lacks `addmm`, which every Linear with a
-# bias is, and attention. CEMA and TimestepNorm are computed again: together 0.6% of a step at the width of 7B, for the
+# bias is, and attention. CEMA and TimestepNorm are recomputed: together 0.6% of a step at the width of 7B, for the
 # memory of two of the eleven tensors of the width that a layer would keep.
 SAVED_OPS = {
     torch.ops.aten.mm.default,
@@ -28,12 +30,11 @@ SAVED_OPS = {
 }
 
 
-def checkpoint_activations(model: nn.Module, job_config: Any, compile_model: bool) -> None:
+def checkpoint_activations(stage: MegalodonStage, job_config: Any, compile_model: bool) -> None:
     """By the host. With selection by op, attention and feed-forward network are wrapped one by one: what is kept
     between them is one tensor, their sum with the residual, and not the products that it is the sum of.
     """
     options = job_config.activation_checkpoint
-    layers: nn.ModuleDict = model.layers  # type: ignore[assignment]
 
     def wrap(children: nn.ModuleDict, saved: set) -> None:
         holder = nn.Module()  # the host wraps the children of `.layers`
@@ -42,12 +43,12 @@ def checkpoint_activations(model: nn.Module, job_config: Any, compile_model: boo
         apply_ac(holder, options, model_compile_enabled=compiled, op_sac_save_list=saved, base_folder=folder)
 
     if options.mode != "selective" or options.selective_ac_option != "op":
-        wrap(layers, SAVED_OPS)
+        wrap(stage.layers, SAVED_OPS)
         return
-    # Of the products of a SwiGLU the host computes one again; so is the only one without it.
-    saved_of_network = SAVED_OPS if model.cfg.swiglu else SAVED_OPS - {torch.ops.aten.mm.default}  # type: ignore[union-attr]
+    # Of the products of a SwiGLU the host recomputes one; without it there is but one, which is recomputed.
+    saved_of_network = SAVED_OPS if stage.cfg.swiglu else SAVED_OPS - {torch.ops.aten.mm.default}
     for name, saved in (("attention", SAVED_OPS), ("feed_forward", saved_of_network)):
-        parts = nn.ModuleDict({key: getattr(layer, name) for key, layer in layers.items()})
+        parts = nn.ModuleDict({key: getattr(layer, name) for key, layer in stage.layers.items()})
         wrap(parts, saved)
-        for key, layer in layers.items():
+        for key, layer in stage.layers.items():
             layer.register_module(name, parts[key])

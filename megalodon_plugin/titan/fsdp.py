@@ -13,6 +13,7 @@ from megalodon_plugin.model.precision import float32_parameters
 from megalodon_plugin.parallel.layout import reshards_after_forward
 
 from .host_patches import dense_mesh
+from .stage import MegalodonStage
 
 
 def data_mesh(parallel_dims: ParallelDims, mixed_precision: bool) -> DeviceMesh | None:
@@ -30,7 +31,7 @@ def data_mesh(parallel_dims: ParallelDims, mixed_precision: bool) -> DeviceMesh 
     return None
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, parallel_dims: ParallelDims, job_config: Any) -> None:
+def shard_model(stage: MegalodonStage, mesh: DeviceMesh, parallel_dims: ParallelDims, job_config: Any) -> None:
     """FSDP2: a group for each layer's matrices in the low dtype, and one for all float32 parameters at the root.
 
     The float32 group belongs to the root because its hooks must not stand inside a layer that is compiled into one
@@ -47,21 +48,21 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, parallel_dims: ParallelDims,
     if training.enable_cpu_offload:
         common["offload_policy"] = CPUOffloadPolicy()
     # The root first: it passes over modules that have a group already, with all of their parameters.
-    matrices = set(model.parameters()) - float32_parameters(model)
-    fully_shard(model, mp_policy=full, ignored_params=matrices, **common)
-    common |= {"mp_policy": low, "ignored_params": float32_parameters(model)}  # other objects than before: sharded
+    matrices = set(stage.parameters()) - float32_parameters(stage)
+    fully_shard(stage, mp_policy=full, ignored_params=matrices, **common)
+    common |= {"mp_policy": low, "ignored_params": float32_parameters(stage)}  # other objects than before: sharded
     reshard = reshards_after_forward(policy, parallel_dims.pp_enabled)
-    for layer in model.layers.values():  # type: ignore[operator, union-attr]
+    for layer in stage.layers.values():
         fully_shard(layer, reshard_after_forward=reshard, **common)
-    ends = [module for module in (model.tok_embeddings, model.output) if module is not None]
-    if model.cfg.tie_embedding and ends:  # type: ignore[union-attr]
-        fully_shard(ends, reshard_after_forward=policy == "always", **common)  # type: ignore[arg-type]
+    ends: list[nn.Module] = [module for module in (stage.tok_embeddings, stage.output) if module is not None]
+    if stage.cfg.tie_embedding and ends:
+        fully_shard(ends, reshard_after_forward=policy == "always", **common)
     else:
         for module in ends:
             # The backward pass starts with the output layer, so gathering it again would be in vain.
-            again = policy == "always" if module is model.output else reshard
-            fully_shard(module, reshard_after_forward=again, **common)  # type: ignore[arg-type]
-    for module in model.modules():
+            again = policy == "always" if module is stage.output else reshard
+            fully_shard(module, reshard_after_forward=again, **common)
+    for module in stage.modules():
         if isinstance(module, FSDPModule):
             # The Trainer divides by the global token count itself.
             module.set_gradient_divide_factor(1.0)

@@ -2,7 +2,7 @@
 checkpointing, torch.compile, FSDP2 (sharding, replication, or both).
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torchtitan.distributed import ParallelDims
@@ -17,6 +17,7 @@ from megalodon_plugin.parallel.tensor_plan import apply_tensor_parallel
 from .activation_checkpointing import checkpoint_activations
 from .fsdp import data_mesh, shard_model
 from .job_config import TrainingOptions
+from .stage import MegalodonStage
 
 
 def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
@@ -24,6 +25,7 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
 
     That the layout can train the model has been checked with the job (see `job_rules`).
     """
+    stage = cast(MegalodonStage, model)
     if parallel_dims.tp_enabled:
         loss_parallel = not job_config.parallelism.disable_loss_parallel
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), loss_parallel)
@@ -31,28 +33,27 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     if parallel_dims.cp_enabled:
         apply_chunk_parallel(model, Ranks.of(parallel_dims.get_mesh("cp").get_group()))
         logger.info("Applied Chunk Parallelism to the model on the context parallel mesh")
-    _set_loss(model, parallel_dims, job_config)
+    _set_loss(stage, parallel_dims, job_config)
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
-        checkpoint_activations(model, job_config, compile_model)
+        checkpoint_activations(stage, job_config, compile_model)
     if compile_model:
         apply_compile(model, job_config.compile)
-        if parallel_dims.cp_enabled and model.norm is not None:
+        if parallel_dims.cp_enabled and stage.norm is not None:
             # Its summary's backward pass would else be several passes over the features.
-            model.norm.compile(backend=job_config.compile.backend, fullgraph=True)  # type: ignore[operator, union-attr]
+            stage.norm.compile(backend=job_config.compile.backend, fullgraph=True)
     mesh = data_mesh(parallel_dims, job_config.training.mixed_precision_param != "float32")
     if mesh is not None:
-        shard_model(model, mesh, parallel_dims, job_config)
+        shard_model(stage, mesh, parallel_dims, job_config)
     return model
 
 
-def _set_loss(model: nn.Module, parallel_dims: ParallelDims, job_config: Any) -> None:
+def _set_loss(stage: MegalodonStage, parallel_dims: ParallelDims, job_config: Any) -> None:
     """End in the loss, part by part, where this rank has all of the output layer and the loss follows the model."""
     options = getattr(job_config, "megalodon", None)
     rows = TrainingOptions.loss_chunk_tokens if options is None else options.loss_chunk_tokens
-    output = model.output
-    if rows == 0 or parallel_dims.tp_enabled or parallel_dims.pp_enabled or not isinstance(output, OutputLayer):
+    if rows == 0 or parallel_dims.tp_enabled or parallel_dims.pp_enabled or not isinstance(stage.output, OutputLayer):
         return
-    model.logits_in_loss = True  # type: ignore[assignment]
-    output.rows_at_once = rows
-    output.compile_loss = job_config.compile.enable and "loss" in job_config.compile.components
+    stage.logits_in_loss = True
+    stage.output.rows_at_once = rows
+    stage.output.compile_loss = job_config.compile.enable and "loss" in job_config.compile.components
