@@ -25,8 +25,6 @@ MODEL_OPTIONS = tuple(f.name for f in dataclasses.fields(MegalodonConfig))
 class MegalodonModelArgs(MegalodonConfig, BaseModelArgs):
     """`MegalodonConfig` that can take its overrides from a job's configuration."""
 
-    weight_decay_on: str = "all"
-
     @property
     def config(self) -> MegalodonConfig:
         """The model's part alone."""
@@ -35,7 +33,7 @@ class MegalodonModelArgs(MegalodonConfig, BaseModelArgs):
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         """Apply `[megalodon]`, size the vocabulary for the tokenizer, and check what the model needs of the job.
 
-        `megalodon.kernels` holds for the process: the ops are functions and have no model.
+        `megalodon.kernels` is set for the whole process.
 
         Raises:
             ValueError: naming the key, the rule and the value.
@@ -46,17 +44,17 @@ class MegalodonModelArgs(MegalodonConfig, BaseModelArgs):
             for name in MODEL_OPTIONS:
                 if getattr(overrides, name) is not None:
                     setattr(self, name, getattr(overrides, name))
-            self.weight_decay_on = overrides.weight_decay_on
+            if overrides.weight_decay_on not in WEIGHT_DECAY_ON:
+                raise ValueError(
+                    f"`megalodon.weight_decay_on` must be one of {WEIGHT_DECAY_ON}, but is "
+                    f"{overrides.weight_decay_on!r}"
+                )
             if overrides.loss_chunk_tokens < 0:
                 raise ValueError(
                     f"`megalodon.loss_chunk_tokens` must be at least 0, but is {overrides.loss_chunk_tokens}"
                 )
             if overrides.kernels is not None:
-                set_kernels(overrides.kernels, "megalodon.kernels")
-        if self.weight_decay_on not in WEIGHT_DECAY_ON:
-            raise ValueError(
-                f"`megalodon.weight_decay_on` must be one of {WEIGHT_DECAY_ON}, but is {self.weight_decay_on!r}"
-            )
+                _set_kernels_of_process(overrides.kernels)
         tokens = vocab_size_of(job_config.model.hf_assets_path)
         if overrides is None or overrides.vocab_size is None:
             if self.vocab_size != tokens:
@@ -109,6 +107,12 @@ class Flavors(Mapping[str, MegalodonModelArgs]):
 
     def __len__(self) -> int:
         return len(PRESETS)
+
+
+def _set_kernels_of_process(mode: str) -> None:
+    """For all models of the process: the ops are functions, which no model hands its options to."""
+    set_kernels(mode, "megalodon.kernels")
+    logger.info(f"CUDA kernels of this process: {mode} (`megalodon.kernels`)")
 
 
 def _check_dtypes(job_config: Any) -> None:

@@ -1,18 +1,22 @@
 """The host's optimizers, with the choice of where weight decay falls."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer, build_optimizers
+
+from .stage import MegalodonStage
 
 
 def build_megalodon_optimizers(model_parts: list[nn.Module], optimizer_config: Any, parallel_dims: Any):
     """The host's optimizers; with `megalodon.weight_decay_on` = "matrices" in two groups, one of them without decay.
 
+    `parallelize_megalodon` has left that option on each part, see `MegalodonStage`.
+
     Matrices are the weights of linear layers and the embedding. Norms, biases, attention gamma/beta and CEMA are not.
     """
     optimizers: OptimizersContainer = build_optimizers(model_parts, optimizer_config, parallel_dims)
-    if all(getattr(part.cfg, "weight_decay_on", "all") == "all" for part in model_parts):
+    if all(cast(MegalodonStage, part).weight_decay_on == "all" for part in model_parts):
         return optimizers
     matrices = {
         id(module.weight)

@@ -26,6 +26,8 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     That the layout can train the model has been checked with the job (see `job_rules`).
     """
     stage = cast(MegalodonStage, model)
+    options = getattr(job_config, "megalodon", None) or TrainingOptions()
+    stage.weight_decay_on = options.weight_decay_on
     if parallel_dims.tp_enabled:
         loss_parallel = not job_config.parallelism.disable_loss_parallel
         apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), loss_parallel)
@@ -33,7 +35,7 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     if parallel_dims.cp_enabled:
         apply_chunk_parallel(model, Ranks.of(parallel_dims.get_mesh("cp").get_group()))
         logger.info("Applied Chunk Parallelism to the model on the context parallel mesh")
-    _set_loss(stage, parallel_dims, job_config)
+    _set_loss(stage, parallel_dims, options.loss_chunk_tokens, job_config)
     compile_model = job_config.compile.enable and "model" in job_config.compile.components
     if job_config.activation_checkpoint.mode != "none":
         checkpoint_activations(stage, job_config, compile_model)
@@ -48,10 +50,10 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     return model
 
 
-def _set_loss(stage: MegalodonStage, parallel_dims: ParallelDims, job_config: Any) -> None:
-    """End in the loss, part by part, where this rank has all of the output layer and the loss follows the model."""
-    options = getattr(job_config, "megalodon", None)
-    rows = TrainingOptions.loss_chunk_tokens if options is None else options.loss_chunk_tokens
+def _set_loss(stage: MegalodonStage, parallel_dims: ParallelDims, rows: int, job_config: Any) -> None:
+    """End in the loss, `rows` positions at a time, where this rank has all of the output layer and the loss follows the
+    model; 0: never.
+    """
     if rows == 0 or parallel_dims.tp_enabled or parallel_dims.pp_enabled or not isinstance(stage.output, OutputLayer):
         return
     stage.logits_in_loss = True

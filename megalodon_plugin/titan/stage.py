@@ -19,3 +19,7 @@ class MegalodonStage(nn.Module):
     norm: TimestepNorm | None
     output: OutputLayer | None
     logits_in_loss: bool
+
+    weight_decay_on: str
+    """`megalodon.weight_decay_on`, for the optimizers. The host hands their builder the model parts and `[optimizer]`
+    alone; what parallelizes the parts, just before, is the only one to have both them and the job."""

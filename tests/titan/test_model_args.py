@@ -78,16 +78,14 @@ def test_every_option_overrides_its_flavor(tmp_path: Path) -> None:
     assert set(EVERY_OPTION) == set(MODEL_OPTIONS)
     flavor = dataclasses.asdict(PRESETS["debug"])
     assert [name for name, value in EVERY_OPTION.items() if value == flavor[name]] == []
-    args = args_of(tmp_path, megalodon=EVERY_OPTION | {"weight_decay_on": "matrices"})
+    args = args_of(tmp_path, megalodon=EVERY_OPTION)
     assert dataclasses.asdict(args.config) == EVERY_OPTION
-    assert args.weight_decay_on == "matrices"
 
 
 def test_options_that_are_not_given_stay_the_flavors(tmp_path: Path) -> None:
     none = dict.fromkeys(SECTIONS["megalodon"])
     args = args_of(tmp_path, model={"flavor": "released_200M"}, megalodon=none)
     assert args.config == dataclasses.replace(PRESETS["released_200M"], vocab_size=258)
-    assert args.weight_decay_on == "all"
 
 
 def test_the_mode_of_the_kernels(tmp_path: Path) -> None:

@@ -8,6 +8,10 @@ import torch
 from megalodon_plugin.model import Megalodon
 from megalodon_plugin.titan.model_args import Flavors
 from megalodon_plugin.titan.optimizer import build_megalodon_optimizers
+from megalodon_plugin.titan.parallelize import parallelize_megalodon
+
+# isort: split
+from torchtitan.distributed import ParallelDims
 
 from support.tiny_job import read_job, write_job
 
@@ -20,7 +24,7 @@ MATRICES = {"tok_embeddings.weight", "output.weight"} | {
 LR, DECAY = 0.5, 0.25
 
 
-def build(folder: Path, decay_on: str, implementation: str = "fused", tied: bool = False):
+def build(folder: Path, decay_on: str | None, implementation: str = "fused", tied: bool = False):
     """A model with every kind of parameter, all of them 2, and its optimizer."""
     options = {"weight_decay_on": decay_on, "swiglu": True, "rescale_ffn": True, "tie_embedding": tied}
     optimizer = {"lr": LR, "weight_decay": DECAY, "implementation": implementation}
@@ -31,7 +35,9 @@ def build(folder: Path, decay_on: str, implementation: str = "fused", tied: bool
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(2.0)
-    return model, build_megalodon_optimizers([model], job_config.optimizer, None)
+    dims = ParallelDims(1, 1, 1, 1, 1, 1, 1, world_size=1)
+    parallelize_megalodon(model, dims, job_config)
+    return model, build_megalodon_optimizers([model], job_config.optimizer, dims)
 
 
 def names_by_decay(model: Megalodon, optimizers) -> dict[float, set[str]]:
@@ -42,8 +48,9 @@ def names_by_decay(model: Megalodon, optimizers) -> dict[float, set[str]]:
     return {decay: {name for d, name in groups if d == decay} for decay, _ in groups}
 
 
-def test_all_parameters_decay_in_one_group(tmp_path: Path) -> None:
-    model, optimizers = build(tmp_path, "all")
+@pytest.mark.parametrize("decay_on", ["all", None])
+def test_all_parameters_decay_in_one_group(tmp_path: Path, decay_on: str | None) -> None:
+    model, optimizers = build(tmp_path, decay_on)
     names = {name for name, _ in model.named_parameters()}
     assert names > MATRICES
     assert names_by_decay(model, optimizers) == {DECAY: names}
