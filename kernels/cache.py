@@ -5,6 +5,9 @@ content. One that does not agree with its name and checksum (cut short, damaged,
 Entries are written to a file of their own and renamed, so that a reader never sees half of one. Of many processes that
 want the same entry one makes it while the others wait, but none waits for long, and a folder that cannot be written
 costs time, never the run.
+
+cuda.core 1.2's FileStreamProgramCache was tried instead. It returns an entry that was cut short as if it were whole,
+lets every process compile what one is compiling already, and needs cuda.core (0.3 s of imports) to find an entry.
 """
 
 import contextlib

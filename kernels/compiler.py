@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from . import cache
 
@@ -48,8 +49,17 @@ def compile_cubin(
     return cubin
 
 
-def compile_now(source: str, defines: tuple[tuple[str, int], ...], arch: str, folder: Path = SOURCES) -> bytes:
-    """`compile_cubin` without the cache and without a check of the kernel's name."""
+def compile_now(
+    source: str,
+    defines: tuple[tuple[str, int], ...],
+    arch: str,
+    folder: Path = SOURCES,
+    ptxas_log: TextIO | None = None,
+) -> bytes:
+    """`compile_cubin` without the cache and without a check of the kernel's name.
+
+    `ptxas_log` receives what the assembler says of registers, spills and shared memory.
+    """
     try:
         from cuda.core import Program, ProgramOptions
     except ImportError as error:
@@ -61,9 +71,10 @@ def compile_now(source: str, defines: tuple[tuple[str, int], ...], arch: str, fo
             arch=arch,
             include_path=str(folder),
             define_macro=[(macro, str(value)) for macro, value in defines] or None,  # an empty list is refused
+            ptxas_options=None if ptxas_log is None else "-v",
             **OPTIONS,
         )
-        return bytes(Program(text, "c++", options).compile("cubin").code)
+        return bytes(Program(text, "c++", options).compile("cubin", logs=ptxas_log).code)
     except Exception as error:
         # cuda-core has an exception of its own for each library, with NVRTC's log in the message.
         raise KernelUnavailable(f"NVRTC cannot compile {source} for {arch} with {dict(defines)}: {error}") from error
