@@ -42,9 +42,7 @@ BUDGETS: dict[str | tuple[str, str], Budget] = {
     "timestep_norm_parameters": Budget(48, 0),
 }
 
-MODULES = tuple(
-    f"megalodon_plugin.ops.{name}" for name in ("cema.cuda", "timestep_norm.cuda", "timestep_norm.slices_cuda")
-)
+MODULES = ("cema.cuda", "timestep_norm.cuda", "timestep_norm.slices_cuda")
 
 
 SPILLS = """
