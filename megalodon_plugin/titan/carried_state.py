@@ -111,8 +111,8 @@ class CarriedStates:
             yield lane, self._states[i // self._batch_size].select([i % self._batch_size])
 
 
-class CarryingLoss:
-    """A loss of what the model returns with its state, which it leaves to `states`."""
+class StateKeepingLoss:
+    """A loss of logits that come with the state behind their rows, which it gives to `states` to keep."""
 
     def __init__(self, loss_fn: Any, states: CarriedStates) -> None:
         self._loss_fn, self._states = loss_fn, states

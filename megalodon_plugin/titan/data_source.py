@@ -73,6 +73,12 @@ def source_of(job_config: JobConfig, section: str) -> TextSource:
     return _checked(TextSource(dataset, path), section)
 
 
+def use_hosts_validation_data(job_config: JobConfig) -> None:
+    """For another model, whose loaders are the host's: put the host's default back where the plugin's says None."""
+    if not job_config.validation.dataset:
+        job_config.validation.dataset = HOST_VALIDATION
+
+
 def _checked(source: TextSource, section: str) -> TextSource:
     names = (*OWN_DATASETS, *text_datasets.DATASETS)
     if source.dataset.lower() not in names:

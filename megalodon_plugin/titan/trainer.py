@@ -14,7 +14,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.train import Trainer
 
 from . import job_rules
-from .carried_state import CarriedStates, CarryingLoss
+from .carried_state import CarriedStates, StateKeepingLoss
 from .checkpoint_checks import (
     check_data,
     check_fits,
@@ -24,7 +24,7 @@ from .checkpoint_checks import (
     remove_incomplete,
     saved_tensors,
 )
-from .data_source import HOST_VALIDATION
+from .data_source import use_hosts_validation_data
 from .dataloader import Batch, DocumentLoader
 from .host_patches import around_load
 from .loss import ScaledLoss
@@ -55,8 +55,7 @@ class MegalodonTrainer(Trainer):
             job_rules.use_own_trainer(job_config)
         else:
             job_rules.check_other_model(job_config)
-            if not job_config.validation.dataset:  # the plugin's default, which the host's loaders do not take
-                job_config.validation.dataset = HOST_VALIDATION
+            use_hosts_validation_data(job_config)
         if job_config.training.enable_cpu_offload and utils.device_type == "cpu":
             raise ValueError("`training.enable_cpu_offload` must be false on a machine without a GPU, but is true")
         self._saves_random_state = True
@@ -80,7 +79,7 @@ class MegalodonTrainer(Trainer):
         self._carried = carried
         self._saves_carried_state = True
         loss_fn: Any = self.loss_fn  # type: ignore[has-type]
-        self.loss_fn = CarryingLoss(loss_fn, carried)  # not the validator's
+        self.loss_fn = StateKeepingLoss(loss_fn, carried)  # not the validator's
         chunk = "ends with a chunk" if whole_chunks else "may end inside a chunk, whose keys and values are carried too"
         logger.info(
             f"Carried state: a row of a step reads on where the one before it ended, {training.seq_len} tokens of one "

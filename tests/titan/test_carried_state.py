@@ -58,12 +58,12 @@ def by_hand(config: Path, model: Megalodon, n_steps: int) -> list[tuple[float, f
         losses, n_tokens = [], 0
         model.zero_grad()
         for lane, stream in enumerate(streams):
-            tokens, begins = stream.next_row()
-            row = torch.from_numpy(tokens).long()
-            state = None if begins or states[lane] is None else states[lane]
-            logits, after = model(row[None, :-1], state=state, return_state=True)
-            losses.append(F.cross_entropy(logits[0], row[1:], reduction="sum"))
-            n_tokens += len(row) - 1
+            row = stream.next_row()
+            tokens = torch.from_numpy(row.tokens).long()
+            state = None if row.begins or states[lane] is None else states[lane]
+            logits, after = model(tokens[None, :-1], state=state, return_state=True)
+            losses.append(F.cross_entropy(logits[0], tokens[1:], reduction="sum"))
+            n_tokens += len(tokens) - 1
             states[lane] = after.detach()
         loss = torch.stack(losses).sum() / n_tokens
         loss.backward()

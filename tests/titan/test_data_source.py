@@ -11,7 +11,7 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.job_config import Training, Validation
 
 from megalodon_plugin.titan import dataloader
-from megalodon_plugin.titan.data_source import side_as_bytes, source_of
+from megalodon_plugin.titan.data_source import side_as_bytes, source_of, use_hosts_validation_data
 from megalodon_plugin.titan.dataloader import build_text_validation_dataloader
 from megalodon_plugin.titan.job_config import Data
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
@@ -92,6 +92,14 @@ def test_beside_the_hosts_data_validation_is_the_hosts_default(monkeypatch: pyte
     job_config = JobConfig(training=Training(dataset="c4"), validation=Validation(dataset=None))  # type: ignore[arg-type]
     build_text_validation_dataloader(1, 0, ByteTokenizer(), job_config)
     assert asked[0].validation.dataset == "c4_validation" and job_config.validation.dataset is None
+
+
+def test_another_model_keeps_the_hosts_validation_data() -> None:
+    path = str(Path(__file__).parents[2] / "train_configs" / "debug.toml")
+    for options, expected in (([], "c4_validation"), (["--validation.dataset", "c4_test"], "c4_test")):
+        job_config = ConfigManager().parse_args([f"--job.config_file={path}", *options])
+        use_hosts_validation_data(job_config)
+        assert job_config.validation.dataset == expected
 
 
 @pytest.mark.parametrize("options", [[], ["--training.dataset_path", "my_texts"]])
