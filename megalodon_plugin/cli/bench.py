@@ -7,17 +7,13 @@ same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws 
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 from megalodon_plugin.bench.ops import OPS
 from megalodon_plugin.bench.parallel.options import add_parallel
 from megalodon_plugin.bench.sizes import SIZES
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-Options = TypeVar("Options", bound="DataclassInstance")
+from .options import options_of
 
 
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -99,36 +95,36 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
-def run_bench(known: argparse.Namespace) -> int:
+def run_bench(options: argparse.Namespace) -> int:
     """Run the command that was parsed; the exit status.
 
     Raises:
         ValueError: there is no CUDA GPU, or a folder lacks what it must hold.
         SystemExit: an implementation is wrong.
     """
-    if known.bench == "generate":
+    if options.bench == "generate":
         from megalodon_plugin.bench.generate import GenerateOptions, run_bench_generate
 
-        run_bench_generate(options_of(GenerateOptions, known))
+        run_bench_generate(options_of(GenerateOptions, options))
         return 0
-    if known.bench == "train":
+    if options.bench == "train":
         from megalodon_plugin.bench.train.run import run_bench_train
 
-        run_bench_train(known)
+        run_bench_train(options)
         return 0
-    if known.bench == "parallel":
+    if options.bench == "parallel":
         from megalodon_plugin.bench.parallel.run import run_bench_parallel
 
-        return run_bench_parallel(known)
-    if known.bench == "plot":
+        return run_bench_parallel(options)
+    if options.bench == "plot":
         import json
 
         from megalodon_plugin.bench.ops.report import draw
 
-        if not (known.folder / "ops.json").is_file():
-            raise ValueError(f"`folder` must hold ops.json, but {known.folder} does not")
-        draw(json.loads((known.folder / "ops.json").read_text()), known.folder / "ops.png")
-        print(known.folder / "ops.png")
+        if not (options.folder / "ops.json").is_file():
+            raise ValueError(f"`folder` must hold ops.json, but {options.folder} does not")
+        draw(json.loads((options.folder / "ops.json").read_text()), options.folder / "ops.png")
+        print(options.folder / "ops.png")
         return 0
     import torch
 
@@ -139,10 +135,5 @@ def run_bench(known: argparse.Namespace) -> int:
     from megalodon_plugin.bench.ops.run import Bench, OpsOptions
 
     device = torch.device("cuda", torch.cuda.current_device())
-    Bench(options_of(OpsOptions, known), device).run()
+    Bench(options_of(OpsOptions, options), device).run()
     return 0
-
-
-def options_of(kind: type[Options], known: argparse.Namespace) -> Options:
-    """The dataclass `kind` from the parsed options of its fields' names."""
-    return kind(**{field.name: getattr(known, field.name) for field in dataclasses.fields(kind)})

@@ -5,10 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from megalodon_plugin.planning.candidates import add_plan, run_plan
-
 from .bench import add_bench, run_bench
 from .options import add_convert, add_evaluate, add_generate
+from .plan import add_plan, run_plan
 
 
 def main(arguments: list[str] | None = None) -> None:

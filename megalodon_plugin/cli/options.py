@@ -1,8 +1,18 @@
 """Options of the commands that use a checkpoint. What runs them is imported when it runs, for it imports torch."""
 
 import argparse
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+Options = TypeVar("Options", bound="DataclassInstance")
+
+
+def options_of(kind: type[Options], parsed: argparse.Namespace) -> Options:
+    """The dataclass `kind` from the parsed options with its fields' names."""
+    return kind(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)})
 
 
 def add_generate(commands: Any) -> None:

@@ -4,7 +4,6 @@ Everything it prints but the parameter count is an estimate: memory from `planni
 `planning.traffic` and the speeds given as options.
 """
 
-import argparse
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -16,12 +15,53 @@ import torch
 
 from megalodon_plugin.parallel.layout import DIMENSIONS, ONE_STAGE_A_RANK, Layout, refusal, reshards_after_forward
 
+from .links import Links
 from .memory import Memory, Parameter, Stage, Work, parameters_of, rank_memory
-from .traffic import Exchange, Links, exchanges_of_step
+from .traffic import Exchange, exchanges_of_step
 
 GIB = 2**30
 RESERVE = 0.1
 """Share of the memory left free: the allocator's gaps, attention's scores, NCCL's buffers, the CUDA context."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is asked of a plan, beside the job itself."""
+
+    config: Path
+    """The TOML file."""
+    gpus: int
+    memory: float = 80.0
+    """Of a GPU, GiB."""
+    gpus_per_node: int = 8
+    seq_len: int | None = None
+    """Tokens a row, in place of the file's."""
+    rows: int = 12
+    """Layouts to print."""
+    json: Path | None = None
+    """Where every layout and exchange is written."""
+    node_gb_s: float = Links.node_gb_s
+    network_gb_s: float = Links.network_gb_s
+    latency_us: float = Links.latency_us
+    tflops: float = 400.0
+
+    @property
+    def links(self) -> Links:
+        return Links(self.gpus_per_node, self.node_gb_s, self.network_gb_s, self.latency_us)
+
+    def validate(self) -> None:
+        """Raise ValueError for what is out of range."""
+        if not self.config.is_file():
+            raise ValueError(f"the configuration file must come first and exist, but {str(self.config)!r} is no file")
+        for name in ("gpus", "gpus_per_node", "rows", "memory", "node_gb_s", "network_gb_s", "tflops"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {getattr(self, name)}")
+        if self.latency_us < 0:
+            raise ValueError(f"`--latency-us` must not be negative, but is {self.latency_us}")
+        if self.seq_len is not None and self.seq_len < 1:
+            raise ValueError(f"`--seq-len` must be at least 1, but is {self.seq_len}")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise ValueError(f"`--gpus` must fill nodes of {self.gpus_per_node}, but is {self.gpus}")
 
 
 @dataclass(frozen=True)
@@ -62,81 +102,6 @@ class Candidate:
 
     def fits(self, gib: float) -> bool:
         return self.memory.total <= (1 - RESERVE) * gib * GIB
-
-
-def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command to those of the console."""
-    plan = commands.add_parser(
-        "plan",
-        help="choose a layout of GPUs for a TOML file",
-        description="Estimate memory and communication of every layout that the job may take, without a GPU, and "
-        "recommend one. Further options are torchtitan's, such as --training.local_batch_size 2.",
-    )
-    plan.add_argument("config", type=Path, help="the TOML file")
-    plan.add_argument("--gpus", type=int, required=True, help="GPUs of the whole job")
-    plan.add_argument("--memory", type=float, default=80, metavar="GIB", help="memory of a GPU, in GiB (default 80)")
-    plan.add_argument("--gpus-per-node", type=int, default=8, help="GPUs joined by NVLink (default 8)")
-    plan.add_argument("--seq-len", type=int, help="tokens a row, in place of the file's")
-    plan.add_argument("--rows", type=int, default=12, help="layouts to print (default 12)")
-    plan.add_argument("--json", type=Path, metavar="FILE", help="write all layouts and every exchange to a file")
-    speeds = plan.add_argument_group("speeds that the estimate of time rests on, of one GPU")
-    default = Links()
-    speeds.add_argument(
-        "--node-gb-s",
-        type=float,
-        default=default.node_gb_s,
-        help="GB/s each way inside a node (default 450: NVLink 4 of an H100, as published)",
-    )
-    speeds.add_argument(
-        "--network-gb-s",
-        type=float,
-        default=default.network_gb_s,
-        help="GB/s each way between nodes (default 50: 400 Gb/s a GPU, as published)",
-    )
-    speeds.add_argument(
-        "--latency-us",
-        type=float,
-        default=default.latency_us,
-        help="µs of a message, times log2 of the ranks (default 10, assumed)",
-    )
-    speeds.add_argument("--tflops", type=float, default=400.0, help="TFLOP/s of the model (default 400, assumed)")
-
-
-def run_plan(known: argparse.Namespace, overrides: list[str]) -> int:
-    """Print the plan; the exit status: 0, or 1 if no layout fits.
-
-    Raises:
-        ValueError: an option is wrong, or no layout is allowed.
-    """
-    from .report import advice, as_json, report
-
-    check_options(known)
-    job = load_job(known.config, known.seq_len, overrides)
-    found, refused = candidates(job, known)
-    if not found:
-        raise ValueError(f"`--gpus` must be a number that some layout takes, but is {known.gpus}: {refused}")
-    if known.json is not None:
-        known.json.write_text(as_json(job, found, known))
-    print(report(job, found, known, overrides))
-    if any(c.fits(known.memory) for c in found):
-        return 0
-    print(advice(job, found, known))
-    return 1
-
-
-def check_options(known: argparse.Namespace) -> None:
-    """Raise ValueError for what is out of range."""
-    if not known.config.is_file():
-        raise ValueError(f"the configuration file must come first and exist, but {str(known.config)!r} is no file")
-    for name in ("gpus", "gpus_per_node", "rows", "memory", "node_gb_s", "network_gb_s", "tflops"):
-        if getattr(known, name) <= 0:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {getattr(known, name)}")
-    if known.latency_us < 0:
-        raise ValueError(f"`--latency-us` must not be negative, but is {known.latency_us}")
-    if known.seq_len is not None and known.seq_len < 1:
-        raise ValueError(f"`--seq-len` must be at least 1, but is {known.seq_len}")
-    if known.gpus > known.gpus_per_node and known.gpus % known.gpus_per_node:
-        raise ValueError(f"`--gpus` must fill nodes of {known.gpus_per_node}, but is {known.gpus}")
 
 
 def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Job:
@@ -196,7 +161,7 @@ def layouts_of(gpus: int) -> Iterator[Layout]:
         yield Layout(*degrees)
 
 
-def candidates(job: Job, known: argparse.Namespace) -> tuple[list[Candidate], str]:
+def candidates(job: Job, plan: PlanOptions) -> tuple[list[Candidate], str]:
     """The layouts that the rules allow, best first, and the reasons why others are not.
 
     The best loses the least time. Estimates do not tell apart what differs by less than a percent of the step, so
@@ -206,14 +171,13 @@ def candidates(job: Job, known: argparse.Namespace) -> tuple[list[Candidate], st
 
     found: list[Candidate] = []
     reasons: dict[str, str] = {}
-    facts = dataclasses.replace(facts_of(job.options, job.args.n_layers), gpus_per_node=known.gpus_per_node)
-    links = Links(known.gpus_per_node, known.node_gb_s, known.network_gb_s, known.latency_us)
-    for layout in layouts_of(known.gpus):
+    facts = dataclasses.replace(facts_of(job.options, job.args.n_layers), gpus_per_node=plan.gpus_per_node)
+    for layout in layouts_of(plan.gpus):
         reason = refusal(layout, job.args, facts) or schedule_refusal(job, layout)
         if reason is not None:
             reasons.setdefault(reason.split(",")[0], reason)
             continue
-        found.append(estimate(job, layout, stages_of(job, layout.pp), links, known.tflops))
+        found.append(estimate(job, layout, stages_of(job, layout.pp), plan.links, plan.tflops))
     found.sort(
         key=lambda c: (
             round(c.lost, 2),

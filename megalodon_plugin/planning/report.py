@@ -1,6 +1,5 @@
 """What `megalodon plan` prints and writes."""
 
-import argparse
 import dataclasses
 import json
 import shlex
@@ -9,39 +8,39 @@ from typing import Any
 
 from megalodon_plugin.parallel.layout import DIMENSIONS, Layout
 
-from .candidates import GIB, RESERVE, Candidate, Job, candidates, with_checkpointing
+from .candidates import GIB, RESERVE, Candidate, Job, PlanOptions, candidates, with_checkpointing
 from .traffic import Exchange
 
 
-def report(job: Job, found: list[Candidate], known: argparse.Namespace, overrides: list[str]) -> str:
+def report(job: Job, found: list[Candidate], plan: PlanOptions, overrides: list[str]) -> str:
     """The table of the layouts that fit, best first, and the recommendation."""
-    fitting = [c for c in found if c.fits(known.memory)]
-    parts = [_head(job, found, fitting, known)]
+    fitting = [c for c in found if c.fits(plan.memory)]
+    parts = [_head(job, found, fitting, plan)]
     if fitting:
-        parts.append(_table(fitting[: known.rows]))
-        if len(fitting) > known.rows:
-            parts.append(f"... and {len(fitting) - known.rows} more (--rows {len(fitting)})")
-        parts += [_recommendation(fitting[0], known, overrides), _exchanges(fitting[0], known)]
+        parts.append(_table(fitting[: plan.rows]))
+        if len(fitting) > plan.rows:
+            parts.append(f"... and {len(fitting) - plan.rows} more (--rows {len(fitting)})")
+        parts += [_recommendation(fitting[0], plan, overrides), _exchanges(fitting[0], plan)]
     return "\n\n".join(parts)
 
 
-def advice(job: Job, found: list[Candidate], known: argparse.Namespace) -> str:
+def advice(job: Job, found: list[Candidate], plan: PlanOptions) -> str:
     """What would make the job fit."""
     smallest = min(found, key=lambda c: c.memory.total)
     need = smallest.memory.total / (1 - RESERVE) / GIB
     lines = [
         "No layout fits. What would:",
-        f"  GPUs with {need:.0f} GiB (now {known.memory:g}), as {_name(smallest.layout)}: {_memory(smallest)}",
+        f"  GPUs with {need:.0f} GiB (now {plan.memory:g}), as {_name(smallest.layout)}: {_memory(smallest)}",
     ]
     if smallest.work.checkpointing != "full":
-        full = [c for c in candidates(with_checkpointing(job, "full"), known)[0] if c.fits(known.memory)]
+        full = [c for c in candidates(with_checkpointing(job, "full"), plan)[0] if c.fits(plan.memory)]
         text = f"fits as {_name(full[0].layout)}" if full else "is not enough alone"
         lines.append(f'  activation_checkpoint.mode = "full" {text}')
     for factor in (2, 4, 8, 16):
-        more = argparse.Namespace(**vars(known) | {"gpus": known.gpus * factor})
+        more = dataclasses.replace(plan, gpus=plan.gpus * factor)
         if more.gpus > more.gpus_per_node and more.gpus % more.gpus_per_node:
             continue
-        fitting = [c for c in candidates(job, more)[0] if c.fits(known.memory)]
+        fitting = [c for c in candidates(job, more)[0] if c.fits(plan.memory)]
         if fitting:
             lines.append(f"  {more.gpus} GPUs, as {_name(fitting[0].layout)}")
             break
@@ -50,26 +49,26 @@ def advice(job: Job, found: list[Candidate], known: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def as_json(job: Job, found: list[Candidate], known: argparse.Namespace) -> str:
+def as_json(job: Job, found: list[Candidate], plan: PlanOptions) -> str:
     """Every allowed layout with its memory, times and exchanges; bytes and seconds."""
     keys = ("gpus", "memory", "gpus_per_node", "node_gb_s", "network_gb_s", "latency_us", "tflops")
     content = {
-        "config": str(known.config),
-        **{key: getattr(known, key) for key in keys},
+        "config": str(plan.config),
+        **{key: getattr(plan, key) for key in keys},
         "reserve": RESERVE,
         "seq_len": job.tokens_per_row,
         "model": dataclasses.asdict(job.args.config),
         "n_parameters": _n_parameters(job),
         "forward_flops_per_token": job.forward_flops,
-        "layouts": [_candidate_json(c, known) for c in found],
+        "layouts": [_candidate_json(c, plan) for c in found],
     }
     return json.dumps(content, indent=1) + "\n"
 
 
-def _candidate_json(c: Candidate, known: argparse.Namespace) -> dict[str, Any]:
+def _candidate_json(c: Candidate, plan: PlanOptions) -> dict[str, Any]:
     return {
         **dataclasses.asdict(c.layout),
-        "fits": c.fits(known.memory),
+        "fits": c.fits(plan.memory),
         "rows_per_step": c.rows,
         "work": dataclasses.asdict(c.work),
         "memory": dataclasses.asdict(c.memory) | {"total": c.memory.total},
@@ -84,7 +83,7 @@ def _n_parameters(job: Job) -> int:
     return sum(p.numel() for p in job.parameters)
 
 
-def _head(job: Job, found: list[Candidate], fitting: list[Candidate], known: argparse.Namespace) -> str:
+def _head(job: Job, found: list[Candidate], fitting: list[Candidate], plan: PlanOptions) -> str:
     options = job.options
     checkpointing = options.activation_checkpoint.mode
     if checkpointing == "selective":
@@ -94,10 +93,10 @@ def _head(job: Job, found: list[Candidate], fitting: list[Candidate], known: arg
         [
             f"{options.model.flavor}: {_n_parameters(job):,} parameters, {rows} rows of {job.tokens_per_row} tokens a "
             f"step, activation checkpointing {checkpointing}",
-            f"GPUs: {known.gpus} with {known.memory:g} GiB, {min(known.gpus, known.gpus_per_node)} a node. Layouts "
+            f"GPUs: {plan.gpus} with {plan.memory:g} GiB, {min(plan.gpus, plan.gpus_per_node)} a node. Layouts "
             f"that the rules allow: {len(found)}; that fit with {RESERVE:.0%} of the memory left free: {len(fitting)}",
-            f"Estimates, not measurements. Time: {known.tflops:g} TFLOP/s, {known.node_gb_s:g} GB/s inside a node, "
-            f"{known.network_gb_s:g} GB/s between nodes, {known.latency_us:g} µs a message, nothing hidden",
+            f"Estimates, not measurements. Time: {plan.tflops:g} TFLOP/s, {plan.node_gb_s:g} GB/s inside a node, "
+            f"{plan.network_gb_s:g} GB/s between nodes, {plan.latency_us:g} µs a message, nothing hidden",
         ]
     )
 
@@ -118,20 +117,20 @@ def _table(shown: list[Candidate]) -> str:
     return _aligned(rows)
 
 
-def _recommendation(best: Candidate, known: argparse.Namespace, overrides: list[str]) -> str:
+def _recommendation(best: Candidate, plan: PlanOptions, overrides: list[str]) -> str:
     degrees = best.layout.options
     toml = ["[parallelism]", *(f"{key.removeprefix('parallelism.')} = {degree}" for key, degree in degrees.items())]
     options = [f"--{key} {degree}" for key, degree in degrees.items()]
-    if known.seq_len is not None:
-        options.insert(0, f"--training.seq_len {known.seq_len}")
+    if plan.seq_len is not None:
+        options.insert(0, f"--training.seq_len {plan.seq_len}")
     if overrides:
         options.insert(0, shlex.join(overrides))
-    config, nodes = shlex.quote(str(known.config)), known.gpus // known.gpus_per_node
+    config, nodes = shlex.quote(str(plan.config)), plan.gpus // plan.gpus_per_node
     if nodes > 1:
-        start = f"torchrun --nnodes {nodes} --nproc_per_node {known.gpus_per_node} ... -m megalodon_plugin.cli.train"
+        start = f"torchrun --nnodes {nodes} --nproc_per_node {plan.gpus_per_node} ... -m megalodon_plugin.cli.train"
         start += f" --job.config_file {config}"
     else:
-        start = f"megalodon train {config} --nproc {known.gpus}"
+        start = f"megalodon train {config} --nproc {plan.gpus}"
     return "\n".join(
         [f"Recommended: {_name(best.layout)}; {_memory(best)}. In the file", "", *_indented(toml), ""]
         + ["or on the command line" + (", on every node" if nodes > 1 else ""), ""]
@@ -139,7 +138,7 @@ def _recommendation(best: Candidate, known: argparse.Namespace, overrides: list[
     )
 
 
-def _exchanges(best: Candidate, known: argparse.Namespace) -> str:
+def _exchanges(best: Candidate, plan: PlanOptions) -> str:
     if not best.exchanges:
         return "Nothing is exchanged."
     rows = [["exchange", "kind", "ranks", "part MiB", "sent MiB", "forward", "backward", "layers", "messages a step"]]

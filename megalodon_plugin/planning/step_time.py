@@ -13,7 +13,8 @@ computation is left out.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .traffic import Exchange, Links
+from .links import Links
+from .traffic import Exchange
 
 
 @dataclass(frozen=True)

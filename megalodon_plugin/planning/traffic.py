@@ -4,7 +4,6 @@ Every exchange is counted by its part: the bytes that a rank itself contributes 
 reduce-scatter. Over P ranks (P - 1) parts cross a rank's link, and twice as many for an all-reduce.
 """
 
-import math
 from dataclasses import dataclass
 
 from megalodon_plugin.model import MegalodonConfig
@@ -41,31 +40,6 @@ class Exchange:
         """Bytes that one message moves over a rank's link."""
         parts = {"all-reduce": 2 * (self.ranks - 1), "send": 1}.get(self.kind, self.ranks - 1)
         return parts * self.part
-
-
-@dataclass(frozen=True)
-class Links:
-    """Speeds of one GPU's links in one direction, and what a message costs however short it is."""
-
-    gpus_per_node: int = 8
-    node_gb_s: float = 450.0
-    network_gb_s: float = 50.0
-    latency_us: float = 10.0
-
-    def seconds(self, exchange: Exchange) -> float:
-        """Time of one message if nothing else uses the links.
-
-        A group that spans nodes has `here` of its ranks in each, every one with a network link of its own.
-        """
-        ranks, part = exchange.ranks, exchange.part
-        here = min(ranks, max(1, self.gpus_per_node // exchange.stride))
-        nodes = -(-ranks // here)
-        if exchange.kind == "send":  # to the next stage, which may lie on another node
-            inside = exchange.stride < self.gpus_per_node
-            return part / ((self.node_gb_s if inside else self.network_gb_s) * 1e9) + self.latency_us * 1e-6
-        transfer = max((ranks - 1) * part / self.node_gb_s if here > 1 else 0, (nodes - 1) * part / self.network_gb_s)
-        passes = 2 if exchange.kind == "all-reduce" else 1
-        return passes * (transfer * 1e-9 + self.latency_us * 1e-6 * math.ceil(math.log2(ranks)))
 
 
 def exchanges_of_step(

@@ -55,7 +55,6 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 PENDING = {
-    ("megalodon_plugin.planning.candidates", "megalodon_plugin.planning.report"),
     ("megalodon_plugin.bench.train.job", "megalodon_plugin.bench.parallel.scenarios"),
 }
 

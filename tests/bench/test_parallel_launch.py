@@ -19,7 +19,7 @@ from megalodon_plugin.bench.parallel.simulate import simulated_row
 from megalodon_plugin.bench.train.job import TrainingJob
 from megalodon_plugin.bench.train.trainer import LEAST_STEPS
 from megalodon_plugin.parallel.layout import Layout
-from megalodon_plugin.planning.traffic import Links
+from megalodon_plugin.planning.links import Links
 
 from support.processes import HANG_S
 from support.tiny_job import environment

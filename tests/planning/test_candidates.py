@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from megalodon_plugin.cli.main import main
+from megalodon_plugin.cli.options import options_of
+from megalodon_plugin.cli.plan import add_plan
 from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.planning import candidates as plan
 from megalodon_plugin.planning.memory import Stage
@@ -21,15 +23,15 @@ CONFIGS = Path(__file__).parents[2] / "train_configs"
 GIB = 2**30
 
 
-def parse(config: Path, *options: str) -> argparse.Namespace:
+def parse(config: Path, *arguments: str) -> plan.PlanOptions:
     parser = argparse.ArgumentParser()
-    plan.add_plan(parser.add_subparsers(dest="command", required=True))
-    return parser.parse_args(["plan", str(config), *options])
+    add_plan(parser.add_subparsers(dest="command", required=True))
+    return options_of(plan.PlanOptions, parser.parse_args(["plan", str(config), *arguments]))
 
 
-def planned(config: Path, *options: str, overrides: list[str] | None = None) -> list[plan.Candidate]:
-    known = parse(config, *options)
-    return plan.candidates(plan.load_job(config, known.seq_len, overrides or []), known)[0]
+def planned(config: Path, *arguments: str, overrides: list[str] | None = None) -> list[plan.Candidate]:
+    options = parse(config, *arguments)
+    return plan.candidates(plan.load_job(config, options.seq_len, overrides or []), options)[0]
 
 
 def status(*arguments: Any) -> Any:

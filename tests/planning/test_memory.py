@@ -21,8 +21,9 @@ from megalodon_plugin.parallel.collectives import Ranks
 from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.parallel.tensor_plan import apply_tensor_parallel
 from megalodon_plugin.planning import memory as estimate
+from megalodon_plugin.planning.links import Links
 from megalodon_plugin.planning.memory import Parameter, Stage, Work, parameters_of
-from megalodon_plugin.planning.traffic import Exchange, Links, exchanges_of_step
+from megalodon_plugin.planning.traffic import Exchange, exchanges_of_step
 
 ROWS, LENGTH = 2, 256
 SIZES: dict[str, Any] = {

@@ -2,8 +2,9 @@
 
 import pytest
 
+from megalodon_plugin.planning.links import Links
 from megalodon_plugin.planning.step_time import simulate_step
-from megalodon_plugin.planning.traffic import Exchange, Links
+from megalodon_plugin.planning.traffic import Exchange
 
 LINKS = Links(gpus_per_node=8, node_gb_s=1.0, network_gb_s=1.0, latency_us=0.0)
 """A part of 10^9 bytes takes as many seconds as there are other ranks."""

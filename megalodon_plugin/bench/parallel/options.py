@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megalodon_plugin.planning.traffic import Links
+from megalodon_plugin.planning.links import Links
 
 from ..sizes import SIZES
 

@@ -22,7 +22,7 @@ import torch
 
 from megalodon_plugin.files import write_json
 from megalodon_plugin.parallel.layout import ONE_RANK, Layout
-from megalodon_plugin.planning.traffic import Links
+from megalodon_plugin.planning.links import Links
 
 from ..environment import environment
 from ..sizes import SIZES
