@@ -108,9 +108,9 @@ def run_bench(options: argparse.Namespace) -> int:
         run_bench_generate(options_of(GenerateOptions, options))
         return 0
     if options.bench == "train":
-        from megalodon_plugin.bench.train.run import run_bench_train
+        from megalodon_plugin.bench.train.run import TrainOptions, run_bench_train
 
-        run_bench_train(options)
+        run_bench_train(options_of(TrainOptions, options))
         return 0
     if options.bench == "parallel":
         from megalodon_plugin.bench.parallel.run import run_bench_parallel

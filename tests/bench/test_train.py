@@ -1,17 +1,17 @@
 """`megalodon bench train` without a GPU: a small run of both models through the host, its files, its arithmetic."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from megalodon_plugin.bench.train.job import TrainingJob
-from megalodon_plugin.bench.train.report import ratio, table
+from megalodon_plugin.bench.train.report import draw, ratio, table
 from megalodon_plugin.cli.main import main
 
-from support.processes import HANG_S
-from support.tiny_job import environment
+from support.processes import run_python
+
+RESULTS = sorted((Path(__file__).resolve().parents[2] / "docs/results").glob("train*.json"))
 
 
 def row(model: str, speed: float, memory: float, length: int = 64) -> dict:
@@ -19,18 +19,12 @@ def row(model: str, speed: float, memory: float, length: int = 64) -> dict:
     return about | {"tokens_per_s": speed, "peak_gib": memory, "mfu": 0.5}
 
 
-def test_both_models_train_and_the_files_say_so(tmp_path) -> None:
+def test_both_models_train_and_the_files_say_so(tmp_path: Path) -> None:
     options = ["--lengths", "64", "128", "--tokens", "128", "--steps", "4"]
     command = ["bench", "train", "--sizes", "debug", "--eager", "--against", "llama", *options]
-    code = "from megalodon_plugin.cli.main import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command, "--longest-step", "1000", "--out", str(tmp_path), "--commit", "abc"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    files = ["--longest-step", "1000", "--out", str(tmp_path), "--commit", "abc"]
+    done = run_python("-m", "megalodon_plugin.cli.main", *command, *files)
+    assert done.returncode == 0, done.stdout[-3000:]
     results = json.loads((tmp_path / "train.json").read_text())
     assert (results["commit"], results["compiled"], results["dtype"]) == ("abc", False, "float32")
     found = [(r["model"], r["batch"], r["length"]) for r in results["rows"]]
@@ -44,6 +38,14 @@ def test_both_models_train_and_the_files_say_so(tmp_path) -> None:
     assert llama["gflop_per_token"] == pytest.approx((6 * matrices + 3 * layers * 4 * dim * 65 / 2) / 1e9)
     assert (tmp_path / "train.png").stat().st_size > 1000
     assert "to Llama" in done.stdout
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_results_of_before_are_drawn(path: Path, tmp_path: Path) -> None:
+    results = json.loads(path.read_text())
+    draw(results, tmp_path / "train.png")
+    assert (tmp_path / "train.png").stat().st_size > 1000
+    assert len(table(results["rows"]).splitlines()) == len(results["rows"])
 
 
 def test_ratios_are_of_the_same_size_and_length() -> None:

@@ -54,22 +54,25 @@ class Task:
 
 
 def run_task(task: Task) -> dict[str, Any]:
-    """What `run_job` returns, and "losses_and_norms", "exchanges", "differences" or "communication" as ordered."""
+    """What `run_job` returns, with "losses_and_norms", "exchanges", "differences" or "communication" as asked for."""
+    found: dict[str, Any] = {}
 
-    def look(trainer: TimedTrainer) -> dict[str, Any]:
-        found: dict[str, Any] = {"losses_and_norms": trainer.losses_and_norms}
+    def look(trainer: TimedTrainer) -> None:
+        nonlocal found
+        found["losses_and_norms"] = trainer.losses_and_norms
         if task.count:
             found |= _count(trainer, _by_formula(trainer, task.job.layout))
         if task.trace:
             known = _by_formula(trainer, task.job.layout) if task.job.model == "megalodon" else []
             found["communication"] = trace_step(trainer, known)
-        return found
 
     logging.getLogger().setLevel(logging.WARNING)
     if task.job.fake_ranks:
         ranks = str(task.job.layout.gpus)
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks, "NGPU": ranks}
-    row = run_job(task.job, task.steps, look, task.most_seconds, task.longest_step)
+    row: dict[str, Any] = {**run_job(task.job, task.steps, look, task.most_seconds, task.longest_step)}
+    if "failed" not in row:
+        row |= found
     return row | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 

@@ -1,7 +1,7 @@
 """One training job of a benchmark: a few steps of the host's Trainer on random tokens, timed one by one.
 
-Under a layout of several ranks every rank runs the job, on its part of the same tokens and, if asked to, of the same
-weights, so that losses can be compared with one rank's.
+Under a layout of several ranks every rank runs the job, on its part of the same tokens and, with `same_weights`, of the
+same weights, so that losses can be compared with one rank's.
 """
 
 import gc
@@ -29,6 +29,7 @@ from megalodon_plugin.parallel.layout import ONE_RANK, Layout
 from megalodon_plugin.titan.command_line import read_job
 
 from ..sizes import VOCABULARY
+from .results import JobRow
 from .trainer import RandomTokens, TimedTrainer, TooSlow
 
 SPECS = {"llama": "llama3", "megalodon": "megalodon"}
@@ -97,22 +98,27 @@ class TrainingJob:
 def run_job(
     job: TrainingJob,
     steps: int,
-    after: Callable[[TimedTrainer], dict[str, Any]] | None = None,
+    after: Callable[[TimedTrainer], object] | None = None,
     most_seconds: float = math.inf,
     longest_step: float = math.inf,
-) -> dict[str, Any]:
-    """Train at most `steps` steps, of which the first UNCOUNTED are not; fewer where these would take `most_seconds`.
+) -> JobRow:
+    """Train at most `steps` steps, the first `trainer.UNCOUNTED` uncounted; fewer where the others would take more than
+    `most_seconds`.
 
-    `after` may look at the trainer and add to the row.
+    `after` is called with the trainer at the end.
 
     Returns:
-        tokens_per_s (median step), peak memory in GiB, model GFLOPs a token; "failed" in their place where the memory
-        was not enough or a step takes more than `longest_step` seconds.
+        the numbers, or "failed" in their place where the memory was not enough or a step takes more than
+        `longest_step` seconds.
     """
     torch._dynamo.reset()
     failed = True
-    row: dict[str, Any] = {"model": job.model, "batch": job.batch, "length": job.length}
-    row["checkpointing"] = job.checkpointing
+    row: JobRow = {
+        "model": job.model,
+        "batch": job.batch,
+        "length": job.length,
+        "checkpointing": job.checkpointing,
+    }
     trainer = None
     try:
         with tempfile.TemporaryDirectory() as folder, _spec_of(job):
@@ -120,14 +126,15 @@ def run_job(
                 read_job(job.arguments(steps, folder)), job.same_weights, job.fake_ranks, most_seconds, longest_step
             )
             trainer.train()
-            row |= _numbers(trainer, job)
-            row |= {} if after is None else after(trainer)
+            measured = _with_numbers(row, trainer, job)
+            if after is not None:
+                after(trainer)
             failed = False
-            return row
+            return measured
     except torch.OutOfMemoryError:
-        return row | {"failed": "out of memory"}
+        return {**row, "failed": "out of memory"}
     except TooSlow as error:
-        return row | {"failed": str(error)}
+        return {**row, "failed": str(error)}
     finally:
         if trainer is not None:
             trainer.close()
@@ -142,31 +149,31 @@ def run_job(
             torch.distributed.destroy_process_group()
 
 
-def _numbers(trainer: TimedTrainer, job: TrainingJob) -> dict[str, Any]:
+def _with_numbers(row: JobRow, trainer: TimedTrainer, job: TrainingJob) -> JobRow:
     counted = trainer.seconds()
     seconds = statistics.median(counted)
     with torch.device("meta"):  # the rank's own part may be one stage
         model: Any = trainer.train_spec.model_cls(trainer.model_args)
-    numbers = {
-        "tokens_per_s": job.tokens / seconds,
+    flops, rate = _flops(trainer.model_args, model, job), job.tokens / seconds
+    measured: JobRow = {
+        **row,
+        "tokens_per_s": rate,
         "seconds": seconds,
         "steps": len(counted),
         "spread": (max(counted) - min(counted)) / seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "gflop_per_token": _flops(trainer.model_args, model, job) / 1e9,
+        "gflop_per_token": flops / 1e9,
     }
     if trainer.device.type == "cuda":
-        numbers |= {
-            "peak_gib": torch.cuda.max_memory_reserved() / 2**30,
-            "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-        }
+        measured["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        measured["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         peak = utils.get_peak_flops(torch.cuda.get_device_name()) * job.layout.gpus
-        numbers["mfu"] = numbers["gflop_per_token"] * 1e9 * numbers["tokens_per_s"] / peak
-    return numbers
+        measured["mfu"] = flops * rate / peak
+    return measured
 
 
 def _flops(args: Any, model: torch.nn.Module, job: TrainingJob) -> float:
-    """Of a trained token, of the pairs that causal attention looks at and without recomputation."""
+    """Of a trained token: of attention the pairs that the causal mask leaves, nothing recomputed."""
     if job.model == "megalodon":
         return args.get_nparams_and_flops(model, job.length)[1]
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))

@@ -2,9 +2,11 @@
 
 import re
 from collections import Counter
-from typing import Any
 
 import torch
+
+from .results import Profile
+from .trainer import TimedTrainer
 
 # First match counts. Names of kernels: ours, cuBLAS's, the host's attention's, those that Inductor writes.
 KINDS = (
@@ -18,8 +20,8 @@ KINDS = (
 )
 
 
-def shares(trainer: Any) -> dict[str, Any]:
-    """Milliseconds of one more step on the GPU by kind, and the longest kernels (name, milliseconds, calls)."""
+def shares(trainer: TimedTrainer) -> Profile:
+    """Train one more step: its milliseconds on the GPU by kind of kernel, and the longest kernels."""
     batches = trainer.batch_generator(trainer.dataloader)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -40,7 +42,7 @@ def shares(trainer: Any) -> dict[str, Any]:
     }
 
 
-def print_shares(found: dict[str, Any]) -> None:
+def print_shares(found: Profile) -> None:
     """One line of shares."""
     total = sum(found["ms"].values())
     parts = (f"{kind} {value:.1f} ms ({value / total:.1%})" for kind, value in found["ms"].items())

@@ -1,14 +1,16 @@
 """The table and the picture of `megalodon bench train`."""
 
 from pathlib import Path
-from typing import Any
+
+from ..environment import device_of
+from .results import TrainResults, TrainRow
 
 HEADER = (
     f"{'size':>9} {'model':>10} {'rows x length':>14} {'tokens/s':>10} {'GiB':>6} {'MFU':>6} {'to Llama':>9} {'GiB':>6}"
 )
 
 
-def table(rows: list[dict[str, Any]], header: bool = False, ratios: bool = False) -> str:
+def table(rows: list[TrainRow], header: bool = False, ratios: bool = False) -> str:
     """A line a row; with `ratios`, a header and Megalodon's tokens a second and memory over those of Llama."""
     lines = [HEADER] if header or ratios else []
     for row in rows:
@@ -23,7 +25,7 @@ def table(rows: list[dict[str, Any]], header: bool = False, ratios: bool = False
     return "\n".join(lines)
 
 
-def ratio(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[float | None, float | None]:
+def ratio(rows: list[TrainRow], row: TrainRow) -> tuple[float | None, float | None]:
     """A Megalodon row's tokens a second and memory over those of the Llama row of its size and length."""
     place = (row["size"], row["length"], "llama")
     others = [r for r in rows if (r["size"], r["length"], r["model"]) == place and "failed" not in r]
@@ -37,7 +39,7 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def draw(results: dict[str, Any], picture: Path) -> None:
+def draw(results: TrainResults, picture: Path) -> None:
     """Tokens a second and memory against the length, a colour for each size, dashed for Llama."""
     import matplotlib
 
@@ -63,7 +65,7 @@ def draw(results: dict[str, Any], picture: Path) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     how = "compiled" if results["compiled"] else "eager"
-    figure.suptitle(f"A training step, {results['dtype']}, {how}, {results['device']}, torch {results['torch']}")
+    figure.suptitle(f"A training step, {results['dtype']}, {how}, {device_of(results)}, torch {results['torch']}")
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
