@@ -18,7 +18,8 @@ from .options import options_of
 
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to those of the console."""
-    bench = commands.add_parser("bench", help="measure the ops on a GPU")
+    bench = commands.add_parser("bench", help="measure ops, training steps, layouts and generation")
+    bench.set_defaults(run=run_bench)
     benches = bench.add_subparsers(dest="bench", required=True)
     ops = benches.add_parser(
         "ops",

@@ -2,37 +2,54 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 
-def run_convert(known: argparse.Namespace) -> None:
+def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to those of the console."""
+    convert = commands.add_parser(
+        "convert",
+        help="convert a checkpoint into another format",
+        description="Convert between torchtitan's checkpoints (dcp), safetensors with a config.json, and the authors' "
+        "released format with its model-parallel shards. Weights stay the same to the last bit.",
+    )
+    convert.add_argument("source", type=Path, help="a folder in any of the formats, which is recognised")
+    convert.add_argument("target", type=Path, help="the folder to write, which must not exist yet")
+    convert.add_argument("--to", choices=("dcp", "safetensors", "authors"), required=True, help="format of the target")
+    convert.add_argument("--shards", type=int, default=1, help="model-parallel shards of the authors' format")
+    convert.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default 5)")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="change that of the matrices")
+    convert.add_argument("--tokenizer", help="the tokenizer to go with the model instead of the one it names")
+    convert.set_defaults(run=run_convert)
+
+
+def run_convert(options: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        ValueError: see `checkpoint.folders`.
+        ValueError: see `checkpoint.checkpoint`.
     """
-    import torch
-
     from megalodon_plugin.checkpoint.checkpoint import check_target, read_checkpoint, size_of, write_checkpoint
-    from megalodon_plugin.model.precision import matrix_names
+    from megalodon_plugin.model.precision import DTYPES, matrix_names
 
-    if not known.max_shard_gb > 0:
-        raise ValueError(f"`--max-shard-gb` must be positive, but is {known.max_shard_gb}")
-    if known.target.exists():
-        raise ValueError(f"the target must not exist yet, but {known.target} does")
-    checkpoint = read_checkpoint(known.source)
-    check_target(known.target, checkpoint.config, known.to, known.shards)
-    if known.tokenizer is not None:
-        checkpoint = dataclasses.replace(checkpoint, tokenizer=known.tokenizer)
-    if known.dtype is not None:
+    if not options.max_shard_gb > 0:
+        raise ValueError(f"`--max-shard-gb` must be positive, but is {options.max_shard_gb}")
+    if options.target.exists():
+        raise ValueError(f"the target must not exist yet, but {options.target} does")
+    checkpoint = read_checkpoint(options.source)
+    check_target(options.target, checkpoint.config, options.to, options.shards)
+    if options.tokenizer is not None:
+        checkpoint = dataclasses.replace(checkpoint, tokenizer=options.tokenizer)
+    if options.dtype is not None:
         lowered = matrix_names(checkpoint.config)
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[known.dtype]
+        dtype = DTYPES[options.dtype]
         tensors = {n: t.to(dtype) if n in lowered else t for n, t in checkpoint.tensors.items()}
         if checkpoint.config.tie_embedding:
             tensors["output.weight"] = tensors["tok_embeddings.weight"]
         checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
-    write_checkpoint(known.target, checkpoint, known.to, known.shards, known.max_shard_gb * 1e9)
+    write_checkpoint(options.target, checkpoint, options.to, options.shards, options.max_shard_gb * 1e9)
     n_parameters, n_bytes = size_of(checkpoint.tensors)
     print(
-        f"{known.source} ({checkpoint.format}) -> {known.target} ({known.to}): {n_parameters:,} parameters, "
+        f"{options.source} ({checkpoint.format}) -> {options.target} ({options.to}): {n_parameters:,} parameters, "
         f"{n_bytes:,} bytes"
     )

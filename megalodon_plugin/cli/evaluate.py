@@ -1,200 +1,47 @@
 """`megalodon evaluate`: loss, perplexity and bits per byte of a text at several context lengths, and by position."""
 
 import argparse
-import contextlib
-import dataclasses
-import json
-import resource
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from megalodon_plugin import __version__
-from megalodon_plugin.data.fingerprint import hash_of, tokenizer_probe
-from megalodon_plugin.model import Megalodon
-from megalodon_plugin.model.inference.norm_window import PIECE_CHUNKS
-from megalodon_plugin.model.inference.prefill import fingerprint
-from megalodon_plugin.model.inference.scoring import Score, score_from, score_tensors, score_text
-from megalodon_plugin.model.state import read_tensors, write_tensors
-
-from .evaluate_report import result_of, write_report
-from .generate import load_model
-
-SCORING = (
-    "windows of `context` inputs; every token but the first is scored once at every context length; at position p of "
-    "its window it has seen p + 1 tokens; begin and end tokens are scored and have no bytes"
-)
+from .options import add_model_options, load_model, options_of
 
 
-def run_evaluate(known: argparse.Namespace) -> None:
+def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to those of the console."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure the loss of a text by context length",
+        description="Loss, perplexity and bits per byte of a text at several context lengths and by position, in "
+        "constant memory. Writes evaluation.json and evaluation.png. Started again after a kill it goes on.",
+    )
+    add_model_options(evaluate)
+    evaluate.add_argument("--data", required=True, help="files .txt or .jsonl (.gz too), a folder, or a glob")
+    evaluate.add_argument("--text-field", default="text", help="of .jsonl (text)")
+    evaluate.add_argument("--context", type=int, nargs="+", required=True, help="context lengths in tokens")
+    evaluate.add_argument("--max-tokens", type=int, help="read no more of the text")
+    evaluate.add_argument("--piece-tokens", type=int, default=32768, help="tokens of one call (32768)")
+    evaluate.add_argument(
+        "--windowed-norm", action="store_true", help="TimestepNorm looks back over the last 6 chunks, as the authors'"
+    )
+    evaluate.add_argument("--out", type=Path, default=Path("outputs/evaluation"), help="folder for the results")
+    evaluate.add_argument("--save-every", type=float, default=60.0, help="seconds between saves of the progress (60)")
+    evaluate.add_argument("--restart", action="store_true", help="forget the progress of an unfinished evaluation")
+    evaluate.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        ValueError: see `_check`, `titan.load_model.load_checkpoint` and `data.files.find_text_files`; the text is
-            shorter than a context, a loss is not finite, or the progress is that of another evaluation.
+        ValueError: an option, the checkpoint or a file is wrong, the text is shorter than a context, a loss is not
+            finite, or the progress is that of another evaluation.
     """
-    _check(known)
     from megalodon_plugin.data.files import find_text_files
 
-    files = find_text_files(known.data, "--data")
-    model, tokenizer = load_model(known)
-    _Evaluation(known, files, model, tokenizer).run()
+    from .evaluation import EvaluateOptions, Evaluation
 
-
-def _check(known: argparse.Namespace) -> None:
-    contexts = known.context
-    if min(contexts) < 1 or len(set(contexts)) < len(contexts):
-        raise ValueError(f"`--context` must be different positive numbers, but is {contexts}")
-    if known.piece_tokens < 1:
-        raise ValueError(f"`--piece-tokens` must be at least 1, but is {known.piece_tokens}")
-    if known.max_tokens is not None and known.max_tokens <= max(contexts):
-        raise ValueError(
-            f"`--max-tokens` must be above the longest `--context` = {max(contexts)}, but is {known.max_tokens}"
-        )
-
-
-class _Evaluation:
-    """One evaluation, and what of it is kept in `progress.safetensors` until it is complete."""
-
-    def __init__(self, known: argparse.Namespace, files: list[Any], model: Megalodon, tokenizer: Any):
-        self.known, self.files, self.model, self.tokenizer = known, files, model, tokenizer
-        self.contexts = sorted(known.context)
-        self.results: list[dict[str, Any]] = []
-        self.progress = known.out / "progress.safetensors"
-        self.identity = {
-            "model": fingerprint(model),
-            "tokenizer": hash_of("tokenizer", *tokenizer_probe(tokenizer)).hex(),
-            "device": self._device.type,
-            "dtype": str(model.tok_embeddings.weight.dtype),
-            "files": [[file.name, file.size] for file in files],
-            "context": self.contexts,
-            "max_tokens": known.max_tokens,
-            "piece_tokens": known.piece_tokens,
-            "windowed_norm": known.windowed_norm,
-            "text_field": known.text_field,
-        }
-
-    def run(self) -> None:
-        score, seconds = self._load()
-        n_tokens, n_bytes = self._count()
-        self.known.out.mkdir(parents=True, exist_ok=True)
-        self.model.features(torch.zeros(1, 2, dtype=torch.int64, device=self._device))  # compiles kernels
-        for context in self.contexts[len(self.results) :]:
-            score = score if score is not None else Score(context)
-            if self._device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = self._score(score, seconds, n_tokens)
-            result = result_of(score, seconds, self._peak_mib(), n_bytes)
-            self.results.append(result)
-            print(
-                f"context {context:>9,}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
-                f"{result['bits_per_byte']:.4f} bits a byte; {result['tokens_per_s']:,.0f} tokens/s, "
-                f"{result['peak_mib']:,.0f} MiB",
-                flush=True,
-            )
-            score, seconds = None, 0.0
-            self._save({"none": torch.zeros(1)}, 0.0)
-        write_report(self.known.out, self._report(n_tokens, n_bytes))
-        self.progress.unlink()
-        print(self.known.out / "evaluation.json", self.known.out / "evaluation.png")
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.tok_embeddings.weight.device
-
-    def _stream(self) -> Any:
-        from megalodon_plugin.data.stream import TextStream
-
-        return TextStream(self.files, self.tokenizer, self.known.text_field, self.known.max_tokens)
-
-    def _count(self) -> tuple[int, int]:
-        """Tokens and bytes of the text: reading it through first costs little beside the model."""
-        stream = self._stream()
-        stream.skip(2**62)
-        if stream.n_taken <= max(self.contexts):
-            raise ValueError(
-                f"the text must have more tokens than the longest `--context` = {max(self.contexts)}, but "
-                f"{self.known.data} has {stream.n_taken}"
-            )
-        return stream.n_taken, stream.n_bytes
-
-    def _score(self, score: Score, seconds: float, n_tokens: int) -> float:
-        """Read the text at one context length; the seconds that it took, those of earlier starts included."""
-        stream = self._stream()
-        stream.skip(score.n_read)
-        started = shown = saved = time.monotonic()
-        begin = seconds
-        # Of the end of a piece: Ctrl-C may come in the middle of one, when some of its losses are counted already.
-        kept = score_tensors(score), seconds
-        try:
-            for _ in score_text(self.model, stream.take, score, self.known.piece_tokens, self.known.windowed_norm):
-                now = time.monotonic()
-                seconds = begin + now - started
-                kept = score_tensors(score), seconds
-                if now - shown > 2:
-                    shown = now
-                    sys.stderr.write(
-                        f"\rcontext {score.context:,}: {score.n_read:,} of {n_tokens - 1:,} tokens, "
-                        f"{score.n_read / seconds:,.0f} tokens/s, loss {score.loss:.4f}, {self._peak_mib():,.0f} MiB  "
-                    )
-                    sys.stderr.flush()
-                if now - saved > self.known.save_every:
-                    saved = now
-                    self._save(*kept)
-        except KeyboardInterrupt:
-            with contextlib.suppress(KeyboardInterrupt):
-                self._save(*kept)
-            raise
-        if shown != started:
-            sys.stderr.write("\n")
-        return seconds
-
-    def _save(self, kept: dict[str, Tensor], seconds: float) -> None:
-        """Whole or not at all: what is there is replaced by one rename."""
-        content = {"identity": self.identity, "results": self.results, "seconds": seconds}
-        write_tensors(self.progress, kept, {"progress": json.dumps(content)})
-
-    def _load(self) -> tuple[Score | None, float]:
-        if self.known.restart or not self.progress.is_file():
-            return None, 0.0
-        tensors, metadata = read_tensors(self.progress, self._device)
-        content = json.loads(metadata.get("progress", "{}"))
-        found = content.get("identity", {})
-        for name, value in json.loads(json.dumps(self.identity)).items():
-            if found.get(name) != value:
-                raise ValueError(
-                    f"{self.progress} must be the progress of this evaluation, but its `{name}` is "
-                    f"{found.get(name)!r} and not {value!r}; finish that one, choose another `--out`, or give "
-                    "`--restart`"
-                )
-        self.results = content["results"]
-        print(f"going on from {self.progress}", file=sys.stderr)
-        score = score_from(tensors, self.model.cfg.chunk_size) if "place" in tensors else None
-        return score, content["seconds"]
-
-    def _peak_mib(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-    def _report(self, n_tokens: int, n_bytes: int) -> dict[str, Any]:
-        on_gpu, cfg = self._device.type == "cuda", self.model.cfg
-        return {
-            "checkpoint": self.known.checkpoint.name,
-            "data": Path(self.known.data).name,
-            "tokens": n_tokens,
-            "bytes": n_bytes,
-            "scoring": SCORING,
-            "piece_tokens": PIECE_CHUNKS * cfg.chunk_size if self.known.windowed_norm else self.known.piece_tokens,
-            "windowed_norm": self.known.windowed_norm,
-            "dtype": self.identity["dtype"],
-            "config": dataclasses.asdict(cfg),
-            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "torch": torch.__version__,
-            "version": __version__,
-            "contexts": self.results,
-        }
+    chosen = options_of(EvaluateOptions, options)
+    chosen.validate()
+    files = find_text_files(chosen.data, "--data")
+    model, tokenizer = load_model(options)
+    Evaluation(chosen, files, model, tokenizer).run()

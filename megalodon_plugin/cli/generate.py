@@ -2,137 +2,69 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TextIO
 
-import torch
-
-from megalodon_plugin.model.inference.generate import continue_from
-from megalodon_plugin.model.inference.prefill import Reading, read
-from megalodon_plugin.model.inference.sampling import Sampling
-
-from .text_output import RowText, show_in_order
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from .options import add_model_options, load_model
 
 
-def load_model(known: argparse.Namespace) -> tuple[Any, Any]:
-    """Model and tokenizer that the options name.
+def add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to those of the console."""
+    generate = commands.add_parser(
+        "generate",
+        help="continue texts from a checkpoint",
+        description="Continue texts from a checkpoint, in constant memory however long they are.",
+    )
+    add_model_options(generate)
+    prompts = generate.add_argument_group("prompts")
+    prompts.add_argument("--prompt", action="append", default=[], help="a text to continue; may be given again")
+    prompts.add_argument("--prompt-file", action="append", default=[], type=Path, help="a file of UTF-8 to continue")
+    prompts.add_argument("--prefill-tokens", type=int, help="read prompts in pieces of this length (default 16384)")
+    prompts.add_argument("--load-state", type=Path, help="go on from what --save-state wrote, prompts come after it")
+    prompts.add_argument("--save-state", type=Path, help="write the state after the prompts")
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=200)
+    sampling.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    sampling.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this much probability")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--compile", action="store_true", help="compile the step first; worth it for long texts")
+    sampling.add_argument("--stop-token", type=int, action="append", default=[], help="an id that ends a text too")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the tokenizer's end token")
+    generate.set_defaults(run=run_generate)
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Run the command.
 
     Raises:
-        ValueError: see `titan.load.load_checkpoint`; or the device does not exist.
+        ValueError: an option is wrong, or the checkpoint; see `titan.load_model.load_checkpoint`.
     """
-    from megalodon_plugin.titan.load_model import load_checkpoint
+    from megalodon_plugin.model.inference.prefill import Reading
+    from megalodon_plugin.model.inference.sampling import Sampling
 
-    device = known.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
-        raise ValueError(f"`--device` must be cpu, or cuda where there is a GPU, but is {device!r}")
-    dtype = known.dtype or ("float32" if device == "cpu" else "bfloat16")
-    return load_checkpoint(known.checkpoint, device, DTYPES[dtype], known.tokenizer)
+    from .continuations import Decoding, encode, read_prompts, write_continuations
 
-
-def run_generate(known: argparse.Namespace) -> None:
-    """Run the command."""
-    sampling = Sampling(temperature=known.temperature, top_k=known.top_k, top_p=known.top_p)
-    if known.max_new_tokens < 0:
-        raise ValueError(f"`--max-new-tokens` must not be negative, but is {known.max_new_tokens}")
-    prompts = [*known.prompt, *(_file_content(path) for path in known.prompt_file)]
-    if not prompts and known.load_state is None:
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    if options.max_new_tokens < 0:
+        raise ValueError(f"`--max-new-tokens` must not be negative, but is {options.max_new_tokens}")
+    prompts = [*options.prompt, *(_file_content(path) for path in options.prompt_file)]
+    if not prompts and options.load_state is None:
         raise ValueError("there must be a prompt: give `--prompt`, `--prompt-file` or `--load-state`")
-    if not known.load_state and not all(prompts):
+    if not options.load_state and not all(prompts):
         raise ValueError("a prompt must not be empty, but one is")
-    if known.save_state is not None and not known.save_state.absolute().parent.is_dir():
-        raise ValueError(f"`--save-state` must lie in a folder that exists, but is {known.save_state}")
-    model, tokenizer = load_model(known)
-    after = Reading.load(known.load_state, model) if known.load_state else None
+    if options.save_state is not None and not options.save_state.absolute().parent.is_dir():
+        raise ValueError(f"`--save-state` must lie in a folder that exists, but is {options.save_state}")
+    model, tokenizer = load_model(options)
+    after = Reading.load(options.load_state, model) if options.load_state else None
     if after is not None and not prompts:
         prompts = [""] * len(after.logits)
     rows = encode(tokenizer, prompts, after is None)
-    reading = read_prompts(model, rows, after, known.prefill_tokens)
-    if known.save_state is not None:
-        reading.save(known.save_state, model)
-    stops = {*known.stop_token, *([] if known.ignore_eos else [tokenizer.eos_id])} - {None}
-    write_continuations(
-        model,
-        tokenizer,
-        reading,
-        prompts,
-        rows,
-        known.max_new_tokens,
-        sampling,
-        known.seed,
-        stops,
-        sys.stdout,
-        known.compile,
-    )
-
-
-def generate_from_checkpoint(
-    checkpoint: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, out: TextIO
-) -> str:
-    """Write the prompt and its continuation to `out` as it comes, and return the continuation.
-
-    Raises:
-        ValueError: see `titan.load.load_checkpoint` and `model.generate`.
-    """
-    from megalodon_plugin.titan.load_model import load_checkpoint
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_checkpoint(checkpoint, device)
-    rows = encode(tokenizer, [prompt], True)
-    reading = read(model, [row.to(device) for row in rows])
-    sampling = Sampling(temperature=temperature)
-    stops = {tokenizer.eos_id} - {None}
-    return write_continuations(model, tokenizer, reading, [prompt], rows, max_new_tokens, sampling, seed, stops, out)[0]
-
-
-def encode(tokenizer: Any, prompts: list[str], begins: bool) -> list[torch.Tensor]:
-    """Token ids of each prompt, (L,) int64; the tokenizer's begin token comes first where a text begins.
-
-    Raises:
-        ValueError: a prompt that begins a text gives no token.
-    """
-    rows = [torch.tensor(tokenizer.encode(p, add_bos=begins, add_eos=False), dtype=torch.int64) for p in prompts]
-    for prompt, row in zip(prompts, rows, strict=True):
-        if begins and not len(row):
-            raise ValueError(f"`prompt` must give at least one token, but {prompt!r} gives none")
-    return rows
-
-
-def read_prompts(model: Any, rows: list[torch.Tensor], after: Reading | None, piece_tokens: int | None) -> Reading:
-    """`model.reading.read` with progress on stderr where prompts are long."""
-    total = sum(map(len, rows))
-    device = model.tok_embeddings.weight.device
-
-    def tell(n_read: int) -> None:
-        sys.stderr.write(f"\rreading the prompt: {n_read:,} of {total:,} tokens")
-        sys.stderr.write("\n" if n_read == total else "")
-        sys.stderr.flush()
-
-    progress: Callable[[int], None] | None = tell if total > 50_000 else None
-    return read(model, [row.to(device) for row in rows], after, piece_tokens, progress)
-
-
-def write_continuations(
-    model: Any,
-    tokenizer: Any,
-    reading: Reading,
-    prompts: list[str],
-    rows: list[torch.Tensor],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    stops: Collection[int],
-    out: TextIO,
-    compile: bool = False,
-) -> list[str]:
-    """Write prompts and continuations to `out` as they come; return the continuations."""
-    generator = torch.Generator(reading.logits.device).manual_seed(seed)
-    n_tokens = min(tokenizer.get_vocab_size(), model.cfg.n_outputs)
-    steps = continue_from(model, reading, max_new_tokens, sampling, generator, n_tokens, stops, compile)
-    texts = [RowText(row.tolist(), tokenizer, stops) for row in rows]
-    return show_in_order(prompts, texts, (step.tolist() for step in steps), out)
+    reading = read_prompts(model, rows, after, options.prefill_tokens)
+    if options.save_state is not None:
+        reading.save(options.save_state, model)
+    stops = {*options.stop_token, *([] if options.ignore_eos else [tokenizer.eos_id])} - {None}
+    decoding = Decoding(options.max_new_tokens, sampling, options.seed, stops, options.compile)
+    write_continuations(model, tokenizer, reading, rows, decoding, sys.stdout)
 
 
 def _file_content(path: Path) -> str:

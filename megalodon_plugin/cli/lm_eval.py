@@ -18,8 +18,8 @@ from torch import Tensor
 from megalodon_plugin.model.inference.generate import continue_from
 from megalodon_plugin.model.inference.prefill import PIECE_TOKENS, read
 from megalodon_plugin.model.inference.sampling import Sampling
+from megalodon_plugin.model.precision import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SLICE_TOKENS = 2048
 
 

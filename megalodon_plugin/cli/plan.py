@@ -44,9 +44,10 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="µs of a message, times log2 of the ranks (default 10, assumed)",
     )
     speeds.add_argument("--tflops", type=float, default=400.0, help="TFLOP/s of the model (default 400, assumed)")
+    plan.set_defaults(run=run_plan, takes_host_options=True, error_status=2)  # 1 says that no layout fits
 
 
-def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
+def run_plan(options: argparse.Namespace) -> int:
     """Print the plan; the exit status: 0, or 1 if no layout fits.
 
     Raises:
@@ -56,7 +57,7 @@ def run_plan(options: argparse.Namespace, overrides: list[str]) -> int:
     from megalodon_plugin.planning.candidates import PlanOptions, candidates, load_job
     from megalodon_plugin.planning.report import advice, as_json, report
 
-    plan = options_of(PlanOptions, options)
+    plan, overrides = options_of(PlanOptions, options), options.host_options
     plan.validate()
     job = load_job(plan.config, plan.seq_len, overrides)
     found, refused = candidates(job, plan)

@@ -1,5 +1,6 @@
 """`megalodon plot`: the losses of a run as a picture and as JSON."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,13 @@ from typing import Any
 from megalodon_plugin.files import write_json
 
 LOSS = {"train": "loss_metrics/global_avg_loss", "validation": "validation_metrics/loss"}
+
+
+def add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to those of the console."""
+    plot = commands.add_parser("plot", help="draw the losses of a run")
+    plot.add_argument("run_folder", metavar="run", type=Path, help="the job's dump folder")
+    plot.set_defaults(run=lambda options: print(plot_run(options.run_folder)))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

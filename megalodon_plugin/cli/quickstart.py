@@ -15,7 +15,7 @@ PROMPT = "def read_lines(path):\n    "
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the whole of it; options that are not known here go to torchtitan."""
+    """Run the whole of it; options that are not its own go to torchtitan."""
     try:
         _run(arguments)
     except ValueError as error:
@@ -25,16 +25,16 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--config", type=Path, default=CONFIG)
-    known, options = parser.parse_known_args(arguments)
+    own, options = parser.parse_known_args(arguments)
 
     from megalodon_plugin.titan.checkpoint_checks import is_complete
 
-    from .generate import generate_from_checkpoint
-    from .main import training_command
+    from .continuations import generate_from_checkpoint
     from .plot import losses, plot_run, read_metrics
+    from .torchrun import training_command
 
-    command = training_command(known.config, 1, options)
-    levels, run, checkpoints = _compare(known.config, options)
+    command = training_command(own.config, 1, options)
+    levels, run, checkpoints = _compare(own.config, options)
     for label, value in levels.items():
         print(f"quickstart: held-out bytes under interpolated {label}s: {value:.3f} nats a byte", flush=True)
     finished = subprocess.run(command)

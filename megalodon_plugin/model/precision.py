@@ -9,6 +9,9 @@ from .config import MegalodonConfig
 from .model import Megalodon
 from .norm import LayerNorm, RMSNorm, TimestepNorm
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What matrices may be, by the names that options take."""
+
 # Modules whose own parameters stay float32: CEMA, every norm, attention's gamma and beta.
 FLOAT32_MODULES = (CEMA, TimestepNorm, RMSNorm, LayerNorm, QueryKey)
 

@@ -12,7 +12,7 @@ from matplotlib import image
 from torch.nn import functional as F
 
 from megalodon_plugin.checkpoint.checkpoint import read_checkpoint, write_checkpoint
-from megalodon_plugin.cli import evaluate as evaluate_module
+from megalodon_plugin.cli import evaluation
 from megalodon_plugin.cli.main import main
 from megalodon_plugin.data.files import find_text_files
 from megalodon_plugin.data.stream import TextStream
@@ -197,7 +197,7 @@ class TestEvaluate:
     def test_a_killed_evaluation_goes_on_to_the_same_numbers(self, checkpoint, data, tmp_path, capsys, monkeypatch):
         arguments = ["evaluate", checkpoint, "--data", data, "--context", 50, 600, "--piece-tokens", 60]
         run(capsys, *arguments, "--out", tmp_path / "whole")
-        real = evaluate_module.score_text
+        real = evaluation.score_text
 
         def killed(model, take, score, *options):
             for n, step in enumerate(real(model, take, score, *options)):
@@ -205,7 +205,7 @@ class TestEvaluate:
                 if score.context == 600 and n == 5:
                     raise KeyboardInterrupt
 
-        monkeypatch.setattr(evaluate_module, "score_text", killed)
+        monkeypatch.setattr(evaluation, "score_text", killed)
         with pytest.raises(KeyboardInterrupt):
             main([str(a) for a in (*arguments, "--out", tmp_path / "out", "--save-every", 0)])
         monkeypatch.undo()

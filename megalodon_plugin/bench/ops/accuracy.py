@@ -23,7 +23,6 @@ from .results import AccuracyRow
 LIMITS = {torch.bfloat16: 1.5, torch.float32: 2.0}
 FLOOR = 1e-7
 """An error that float32 cannot be asked to stay below: about its rounding, 2^-24 = 6e-8."""
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Case(NamedTuple):

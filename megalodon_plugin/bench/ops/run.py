@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from megalodon_plugin.files import write_json
+from megalodon_plugin.model.precision import DTYPES
 from megalodon_plugin.ops.dispatch import use_kernels
 
 from ..environment import device_name, environment
 from ..timing import MIB, copy_rate, cpu_us, empty_op, free_memory, input_sets, kernel_times, matmul_rate, measure, size
 from . import OPS, layer
-from .accuracy import DTYPES, Case, golden_cases, judge, standard_cases
+from .accuracy import Case, golden_cases, judge, standard_cases
 from .implementations import CEMA_ORDER, implementation, norm_groups
 from .problems import cema_parameters, cema_problem, timestep_norm_problem
 from .report import accuracy_table, draw, flatness, floor_ms, speed_table, sweep_shapes

@@ -1,0 +1,100 @@
+"""Continuing prompts by a checkpoint's model, and the text that appears while it decodes."""
+
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+
+from megalodon_plugin.model.inference.generate import continue_from
+from megalodon_plugin.model.inference.prefill import Reading, read
+from megalodon_plugin.model.inference.sampling import Sampling
+
+from .text_output import RowText, show_in_order
+
+
+class Prompt(NamedTuple):
+    """A text to continue."""
+
+    text: str
+    tokens: torch.Tensor  # (L,) int64
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are continued."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    stops: Collection[int]
+    """Tokens that end a text."""
+    compile: bool = False
+
+
+def generate_from_checkpoint(
+    checkpoint: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, out: TextIO
+) -> str:
+    """Write the prompt and its continuation to `out` as it comes, and return the continuation.
+
+    Raises:
+        ValueError: see `titan.load.load_checkpoint` and `model.generate`.
+    """
+    from megalodon_plugin.titan.load_model import load_checkpoint
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_checkpoint(checkpoint, device)
+    prompts = encode(tokenizer, [prompt], True)
+    reading = read_prompts(model, prompts, None, None)
+    decoding = Decoding(max_new_tokens, Sampling(temperature=temperature), seed, {tokenizer.eos_id} - {None})
+    return write_continuations(model, tokenizer, reading, prompts, decoding, out)[0]
+
+
+def encode(tokenizer: Any, prompts: list[str], begins: bool) -> list[Prompt]:
+    """Prompts with their token ids; the tokenizer's begin token comes first where a text begins.
+
+    Raises:
+        ValueError: a prompt that begins a text gives no token.
+    """
+    rows = [torch.tensor(tokenizer.encode(p, add_bos=begins, add_eos=False), dtype=torch.int64) for p in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if begins and not len(row):
+            raise ValueError(f"`prompt` must give at least one token, but {prompt!r} gives none")
+    return [Prompt(text, row) for text, row in zip(prompts, rows, strict=True)]
+
+
+def read_prompts(model: Any, prompts: list[Prompt], after: Reading | None, piece_tokens: int | None) -> Reading:
+    """`model.inference.prefill.read` with progress on stderr where prompts are long."""
+    rows = [prompt.tokens for prompt in prompts]
+    total = sum(map(len, rows))
+    device = model.tok_embeddings.weight.device
+
+    def show_progress(n_read: int) -> None:
+        sys.stderr.write(f"\rreading the prompt: {n_read:,} of {total:,} tokens")
+        sys.stderr.write("\n" if n_read == total else "")
+        sys.stderr.flush()
+
+    progress: Callable[[int], None] | None = show_progress if total > 50_000 else None
+    return read(model, [row.to(device) for row in rows], after, piece_tokens, progress)
+
+
+def write_continuations(
+    model: Any, tokenizer: Any, reading: Reading, prompts: list[Prompt], decoding: Decoding, out: TextIO
+) -> list[str]:
+    """Write prompts and continuations to `out` as they come; return the continuations."""
+    generator = torch.Generator(reading.logits.device).manual_seed(decoding.seed)
+    n_tokens = min(tokenizer.get_vocab_size(), model.cfg.n_outputs)
+    steps = continue_from(
+        model,
+        reading,
+        decoding.max_new_tokens,
+        decoding.sampling,
+        generator,
+        n_tokens,
+        decoding.stops,
+        decoding.compile,
+    )
+    texts = [RowText(prompt.tokens.tolist(), tokenizer, decoding.stops) for prompt in prompts]
+    return show_in_order([prompt.text for prompt in prompts], texts, (step.tolist() for step in steps), out)
