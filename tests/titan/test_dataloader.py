@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megalodon_plugin.data.files import Unit
-from megalodon_plugin.data.reader import TextReader
+from megalodon_plugin.data.rank_rows import RankRows
 from megalodon_plugin.titan import dataloader
 from megalodon_plugin.titan.dataloader import (
+    Prepared,
     TextLoader,
     build_text_dataloader,
 )
@@ -87,20 +87,17 @@ def test_the_state_is_plain_tensors_named_by_lane_not_rank(folder: Path) -> None
     assert state["position"].shape == () and state["lane_1"].tolist() == [0, 0, 0]
 
 
-def test_the_state_is_of_what_was_handed_out_not_of_what_is_prepared(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_state_is_of_what_was_handed_out_not_of_what_is_prepared(folder: Path) -> None:
     prepared = threading.Semaphore(0)
-    prepare = TextLoader._prepare
 
-    def observed(self: TextLoader, rows: Any) -> Any:
-        try:
-            return prepare(self, rows)
-        finally:
-            prepared.release()
+    class Observed(TextLoader):
+        def _prepare(self, rows: RankRows) -> Prepared:
+            try:
+                return super()._prepare(rows)
+            finally:
+                prepared.release()
 
-    monkeypatch.setattr(TextLoader, "_prepare", observed)
-    loader = build(config(folder))
+    loader = Observed(build(config(folder))._corpus, rank=0, n_ranks=1, batch_size=2)
     batches = iter(loader)
     for n in range(1, 4):
         next(batches)
@@ -134,13 +131,11 @@ def test_other_data_refuse_the_checkpoint(folder: Path) -> None:
     assert int(other.state_dict()["position"]) == 0
 
 
-def test_errors_of_the_thread_reach_the_consumer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: TextReader, unit: Unit, shuffle_seed: object = None) -> Any:
-        raise ValueError("broken text")
-
-    monkeypatch.setattr(TextReader, "documents", broken)
-    for loader in (build(config(folder)), build_validation(config(folder, validation_fraction=0.5))):
-        with pytest.raises(ValueError, match="broken text"):
+def test_errors_of_the_thread_reach_the_consumer(tmp_path: Path) -> None:
+    for n in range(4):
+        (tmp_path / f"{n}.jsonl").write_text("{\n")
+    for loader in (build(config(tmp_path)), build_validation(config(tmp_path, validation_fraction=0.5))):
+        with pytest.raises(ValueError, match=r"jsonl, line 1: must be JSON"):
             next(iter(loader))
 
 
