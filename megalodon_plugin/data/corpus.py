@@ -64,7 +64,7 @@ class Corpus:
         self.seed = seed
         self.path = path
         self.n_lanes = lane_count(units, reader.range_bytes)
-        # Lanes are in one epoch or cross into the next.
+        # Two epochs are in use at a time: lanes cross from one into the next.
         self._order = functools.lru_cache(maxsize=3)(self._draw_order)
 
     def fingerprint(self) -> int:
@@ -115,7 +115,7 @@ class Corpus:
         if end < first:
             raise ValueError(
                 f"{unit.file.path} must be as it was when the checkpoint was saved, but {unit.identity} has {end} "
-                f"tokens and the checkpoint goes on at token {first}"
+                f"tokens and the checkpoint continues at token {first}"
             )
 
     def passages(self, unit: Unit, shuffle_seed: str | None) -> Iterator[Passage]:

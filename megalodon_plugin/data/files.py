@@ -1,6 +1,6 @@
 """Which files hold the text, the units they are cut into, and the split of these into training and validation.
 
-A *unit* is what is shuffled and held out as one: a file, or a byte range of a large file. Units are known from file
+A *unit* is what is shuffled and held out as one: a file, or a byte range of a large file. Units follow from file
 sizes alone, so that a corpus of any size starts at once; where a range really begins is found when it is read
 (`reader`).
 """

@@ -71,7 +71,7 @@ class TextReader:
             yield rest
 
     def _text_edge(self, stream: IO[bytes], file: TextFile, edge: int) -> int:
-        """Where a range that starts or ends at `edge` really does: at a line or, within a long one, at a character."""
+        """Where a range that would start or end at `edge` does: at a line or, within a long one, at a character."""
         if edge in (0, file.size):
             return edge
         # Ranges are at least half of `range_bytes` long: a search no longer than that never runs into the next edge.

@@ -1,4 +1,4 @@
-"""Texts as one stream of tokens, in file order, for evaluation: read as it is asked for, never held as a whole."""
+"""Text as one stream of tokens, in file order, for evaluation: read on demand, never held as a whole."""
 
 from collections.abc import Iterator
 
@@ -48,7 +48,7 @@ class TextStream:
         return torch.from_numpy(taken.astype(np.int64))
 
     def skip(self, n: int) -> None:
-        """Go n tokens on."""
+        """Skip the next n tokens."""
         while n > 0 and (taken := len(self.take(min(n, MIB)))):
             n -= taken
 

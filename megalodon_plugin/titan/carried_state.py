@@ -82,7 +82,7 @@ class CarriedStates:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """New tensors, one a row and dtype, named by the row's place in the whole job, so that no rank is named."""
+        """New tensors, one a row and dtype, named by the row's place in the whole job and not by a rank."""
         named = {}
         for lane, row in self._rows():
             leaves = pytree.tree_leaves(row)
@@ -92,7 +92,7 @@ class CarriedStates:
         return named
 
     def load_state_dict(self, named: Mapping[str, Any]) -> None:
-        """Go on with what `state_dict` gave, to any number of ranks with as many rows in all."""
+        """Continue from what `state_dict` returned, on any number of ranks with as many rows in all."""
         rows = []
         for lane, row in self._rows():
             leaves, structure = pytree.tree_flatten(row)

@@ -1,4 +1,4 @@
-"""Looks at a job's checkpoints before the host loads one.
+"""Checks a job's checkpoints before the host loads one.
 
 The host takes the latest folder with complete metadata, but counts half-written ones among those it keeps, does not
 check an explicit step, and reports another model's checkpoint deep inside the loading.
@@ -105,7 +105,7 @@ def check_fits(checkpoint: Path, saved: Mapping[str, torch.Size], model_parts: l
                     f"{tuple(saved[name])} there, but {tuple(parameter.shape)} in this model"
                 )
     layers = [int(m.group(1)) for name in saved if (m := re.match(r"layers\.(\d+)\.", name))]
-    n_layers = getattr(getattr(model_parts[0], "cfg", None), "n_layers", None)  # the host's models do not tell it
+    n_layers = getattr(getattr(model_parts[0], "cfg", None), "n_layers", None)  # the host's models have no such field
     if layers and n_layers is not None and max(layers) + 1 != n_layers:
         raise ValueError(
             f"the checkpoint {checkpoint} is one of another configuration: it has {max(layers) + 1} layers, but "
@@ -127,14 +127,14 @@ def check_data(checkpoint: Path, saved: Mapping[str, torch.Size], dataloader: An
 
 
 def check_same_shapes(checkpoint: Path, saved: Mapping[str, torch.Size], carried: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError unless the checkpoint holds the states that this job's rows go on with (`carried`)."""
+    """Raise ValueError unless the checkpoint holds the states that this job's rows continue from (`carried`)."""
     for name, tensor in carried.items():
         found = saved.get(f"train_state.{name}")
         if found != tensor.shape:
             there = "nothing" if found is None else f"the shape {tuple(found)}"
             raise ValueError(
-                f"the checkpoint {checkpoint} must hold the state that the rows of `megalodon.carry_state` go on with, "
-                f"`{name}` of shape {tuple(tensor.shape)}, but has {there}: `megalodon.chunk_size` or "
+                f"the checkpoint {checkpoint} must hold the state that the rows of `megalodon.carry_state` continue "
+                f"from, `{name}` of shape {tuple(tensor.shape)}, but has {there}: `megalodon.chunk_size` or "
                 "`training.mixed_precision_param` have changed. Set them back, or start the data from their beginning "
                 'with `checkpoint.exclude_from_loading` = ["dataloader"]'
             )

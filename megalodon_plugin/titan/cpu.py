@@ -23,7 +23,7 @@ class CpuDevice:
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:
-        """0: the host hands it to `torch.distributed.barrier`, which wants numbers."""
+        """0: the host passes it to `torch.distributed.barrier`, which takes numbers."""
         return 0
 
     def get_device_name(self, device: object = None) -> str:

@@ -67,7 +67,7 @@ class TextLoader(BaseDataLoader):
     ({"input": (batch_size, seq_len)}, labels (batch_size, seq_len)), int64, labels one token ahead. So the ranks' i-th
     batches together are a contiguous range of rows, the same however many ranks share it.
 
-    The next batch is prepared in a thread while one is used; the state is that of the batches handed out.
+    The next batch is prepared in a thread while one is used; the state is that after the last batch yielded.
     """
 
     def __init__(self, corpus: Corpus, rank: int, n_ranks: int, batch_size: int) -> None:
@@ -106,13 +106,13 @@ class TextLoader(BaseDataLoader):
     def state_dict(self) -> dict[str, Any]:
         """`position`, `fingerprint`, and `lane_<k>` (epoch, unit, token) for the rank's lanes, as new int64 tensors.
 
-        `position` counts the rows that all ranks together have been handed. Ranks that share a lane agree on it.
+        `position` counts the rows that all ranks together have received. Ranks that share a lane agree on it.
         """
         state = {f"lane_{lane}": torch.tensor(cursor) for lane, cursor in self._cursors.items()}
         return state | {"position": torch.tensor(self._position), "fingerprint": torch.tensor(self._fingerprint)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was saved. ValueError when it is of other data; an empty one is left alone."""
+        """Continue where `state_dict` was saved. ValueError when it is of other data; an empty one is left alone."""
         if not state_dict:
             return
         self.check_fingerprint(state_dict["fingerprint"])
@@ -157,7 +157,7 @@ class DocumentLoader(TextLoader):
 class OrderedTextLoader(BaseDataLoader):
     """Unshuffled batches of one rank of `n_ranks`, from the first row at each iteration; once over, or `endless`.
 
-    Rows are dealt as by `TextLoader`. All ranks get the same number of batches: rows that do not fill a batch on every
+    Rows are shared as in `TextLoader`. All ranks get the same number of batches: rows that do not fill a batch on every
     rank are left out. Each rank reads and tokenises everything, which suits sets of the size of a validation set.
     """
 
@@ -198,7 +198,7 @@ class OrderedTextLoader(BaseDataLoader):
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: each iteration begins anew."""
+        """Nothing: each iteration starts at the first row."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ class Counts(Protocol):
 
 @contextmanager
 def counted_apart(counts: Counts, clock: Callable[[], float] = time.perf_counter) -> Iterator[None]:
-    """Count what runs inside, a validation, from zero, and go on counting afterwards as if it had not run.
+    """Count what runs inside, a validation, from zero, and continue afterwards as if it had not run.
 
     The host counts training's tokens since its last record as validation's too, and takes them from training's next
     one. `clock` is the one that `time_last_log` was read from.
@@ -77,9 +77,9 @@ class JsonLinesMetrics(MetricsProcessor):
 
     * `loss_metrics/global_avg_loss`: the step's mean cross-entropy a token;
     * `loss_metrics/global_max_loss`: that of the rank where it is largest, over the rank's own tokens;
-    * `n_tokens_seen`: tokens that the whole job has been handed since its first step, also in earlier runs of it;
+    * `n_tokens_seen`: tokens that all ranks have received since the job's first step, earlier runs included;
     * `throughput(tps)`: tokens a second and device. The ranks that share a row (context, tensor and pipeline parallel)
-      count it once each, and the host divides by how many they are;
+      count it once each, and the host divides by their number;
     * `mfu(%)`: the floating-point operations of the whole model for a token (see `get_nparams_and_flops`), times that
       throughput, of the device's peak;
     * `validation_metrics/throughput(tps)`: likewise, of the validation alone.
@@ -88,7 +88,7 @@ class JsonLinesMetrics(MetricsProcessor):
     logger: BaseLogger
 
     # Set by the plugin's Trainer; it is called on all ranks, at logged steps only. Without it, as under the stock
-    # entry, the host's numbers stand; that entry is refused the layouts under which they are wrong.
+    # entry, the host's numbers are logged; layouts under which they are wrong are refused there.
     numbers_of_step: Callable[[], StepNumbers] | None = None
 
     def __init__(self, job_config: Any, parallel_dims: Any, tag: str | None = None):
@@ -107,7 +107,7 @@ class JsonLinesMetrics(MetricsProcessor):
         grad_norm: float,
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
-        """The host's record of a training step, with its losses and its count of tokens put right."""
+        """The host's record of a training step, with the losses and the tokens of all ranks."""
         if self.numbers_of_step is not None:
             (global_avg_loss, global_max_loss), n_tokens_seen, others = self.numbers_of_step()
             extra_metrics = (extra_metrics or {}) | {"n_tokens_seen": n_tokens_seen} | dict(others)

@@ -110,7 +110,7 @@ class Flavors(Mapping[str, MegalodonModelArgs]):
 
 
 def _set_kernels_of_process(mode: str) -> None:
-    """For all models of the process: the ops are functions, which no model hands its options to."""
+    """For all models of the process: the ops are functions, to which a model passes no options."""
     set_kernels(mode, "megalodon.kernels")
     logger.info(f"CUDA kernels of this process: {mode} (`megalodon.kernels`)")
 

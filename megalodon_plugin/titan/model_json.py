@@ -11,7 +11,7 @@ from megalodon_plugin.checkpoint.model_json import NAME, write_content
 
 
 def write_model_json(job_config: Any, model_args: Any) -> None:
-    """Write the model's configuration and its tokenizer's name; tell what has changed since."""
+    """Write the model's configuration and its tokenizer's name; log what has changed since."""
     path = Path(job_config.job.dump_folder) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():

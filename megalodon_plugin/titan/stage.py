@@ -21,5 +21,6 @@ class MegalodonStage(nn.Module):
     logits_in_loss: bool
 
     weight_decay_on: str
-    """`megalodon.weight_decay_on`, for the optimizers. The host hands their builder the model parts and `[optimizer]`
-    alone; what parallelizes the parts, just before, is the only one to have both them and the job."""
+    """`megalodon.weight_decay_on`, for the optimizers. The host gives their builder the model parts and `[optimizer]`
+    alone; `parallelize_megalodon`, which runs just before, has both the parts and the job, and leaves the option
+    here."""

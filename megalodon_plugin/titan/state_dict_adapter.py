@@ -9,7 +9,7 @@ from megalodon_plugin.checkpoint.formats.safetensors import INDEX, from_stored, 
 
 
 class MegalodonStateDictAdapter(StateDictAdapter):
-    """Native names <-> those of our safetensors folders. Values are handed through, DTensors too."""
+    """Native names <-> those of our safetensors folders. Values pass unchanged, DTensors too."""
 
     def __init__(self, model_args: Any, hf_assets_path: str | None):
         # The base class looks for an index among the tokenizer's files; most tokenizers come without weights.

@@ -122,8 +122,8 @@ def vocab_size_of(path_or_name: str) -> int:
 def load_tokenizer(path_or_name: str) -> BaseTokenizer:
     """Load "byte", a tokenizer file, or the one tokenizer in a folder.
 
-    A folder is searched for `tokenizer.json`, then `*.tiktoken`, then `*.model` (SentencePiece or tiktoken ranks, told
-    apart by content). Raises ValueError when nothing fits, when two of one kind do, and when the file is broken.
+    A folder is searched for `tokenizer.json`, then `*.tiktoken`, then `*.model` (SentencePiece or tiktoken ranks, by
+    content). Raises ValueError when nothing fits, when two of one kind do, and when the file is broken.
     """
     if path_or_name == BYTE_TOKENIZER:
         return ByteTokenizer()

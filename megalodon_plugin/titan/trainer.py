@@ -38,11 +38,11 @@ class MegalodonTrainer(Trainer):
     """`Trainer` that also
 
     * keeps the random state in the checkpoint, so that dropout resumes exactly;
-    * looks at the checkpoint before it loads it (see `checkpoint_checks`);
+    * checks the checkpoint before it is loaded (see `checkpoint_checks`);
     * scales the loss before the backward pass under pipeline parallelism;
     * counts tokens and losses so that records and checkpoints are right under every layout (see `JsonLinesMetrics`):
-      `ntokens_seen` is what the whole job has been handed, whatever the number of ranks that share it;
-    * carries the model's state from step to step if `megalodon.carry_state` says so (see `carried_state`);
+      `ntokens_seen` counts the tokens of all ranks, whatever their number;
+    * carries the model's state from step to step with `megalodon.carry_state` (see `carried_state`);
     * writes `model.json`, the model's configuration, into the dump folder, for whoever reads the checkpoint.
 
     The host's own models train under it as they do under `Trainer`.
@@ -82,7 +82,7 @@ class MegalodonTrainer(Trainer):
         self.loss_fn = StateKeepingLoss(loss_fn, carried)  # not the validator's
         chunk = "ends with a chunk" if whole_chunks else "may end inside a chunk, whose keys and values are carried too"
         logger.info(
-            f"Carried state: a row of a step reads on where the one before it ended, {training.seq_len} tokens of one "
+            f"Carried state: a row of a step continues the one of the step before, {training.seq_len} tokens of one "
             f"document a step, and {chunk}. Gradients stop at a row's start"
         )
 
@@ -206,8 +206,8 @@ class MegalodonTrainer(Trainer):
 
 
 def tokens_of_other_ranks(n_own: int, parallel_dims: ParallelDims) -> int:
-    """Tokens that the job's other ranks have been handed while this one has been handed `n_own`.
+    """Tokens that the job's other ranks have received while this one has received `n_own`.
 
-    Every data parallel rank has been handed as many; all other ranks share a row with one of them.
+    Every data parallel rank has received as many; all other ranks share their rows.
     """
     return (parallel_dims.dp_replicate * parallel_dims.dp_shard - 1) * n_own

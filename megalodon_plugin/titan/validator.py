@@ -26,12 +26,12 @@ class MegalodonValidator(Validator):
     unequally, reports context parallel degree times the loss, and a negative number where the last stage is not.
 
     Every rank takes part in as many batches as the one that has most: where ranks have different numbers of them
-    (`validation.steps` = -1 on data that do not divide evenly), those that are through go on with batches without a
-    label that counts. So none waits for another for ever, and every row counts once.
+    (`validation.steps` = -1 on data that do not divide evenly), those that have run out continue with batches without a
+    label that counts. So no rank waits for another forever, and every row counts once.
 
     Raises:
-        ValueError: pipeline stages are asked for batches of another shape than training's, or by a schedule whose
-            evaluation torch has not.
+        ValueError: pipeline stages are asked for batches of another shape than training's, or the schedule
+            is one that torch cannot run forward only.
     """
 
     def __init__(self, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Any, **parts: Any):
@@ -48,7 +48,7 @@ class MegalodonValidator(Validator):
     def post_dataloading_process(self, input_dict: dict[str, Tensor], labels: Tensor, model_parts: Any):
         """This rank's slice of inputs and labels, and what else the model is called with.
 
-        The host's version also asks the model for attention masks, which ours has not.
+        The host's version also asks the model for attention masks, which Megalodon does not take.
         """
         inputs = input_dict["input"]
         extra_kwargs: dict[str, Any] = {}
@@ -82,8 +82,8 @@ class MegalodonValidator(Validator):
         for part in model_parts:
             part.eval()
             if self.parallel_dims.pp_enabled and getattr(part, "output", None) is not None:
-                # By itself, without its children, the last stage in training mode differs in nothing but its logits'
-                # dtype. Torch 2.11 refuses another one than at the schedule's first call, in training; the loss casts
+                # Training mode of the stage itself, not of its children, changes nothing but the dtype of its logits.
+                # Torch 2.11 refuses another dtype than that of the schedule's first call, in training; the loss casts
                 # to float32 itself.
                 part.training = True
 
