@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from .metrics import JsonLinesMetrics, StepNumbers
 from .model_args import MegalodonModelArgs
 from .model_json import write_model_json
 
+RANDOM_STATE, CARRIED_STATE = "random state", "carried state"
+
 
 class MegalodonTrainer(Trainer):
     """`Trainer` that also
@@ -49,6 +52,8 @@ class MegalodonTrainer(Trainer):
     """
 
     _carried: CarriedStates | None = None
+    # Of RANDOM_STATE and CARRIED_STATE, what `state_dict` leaves out at the moment.
+    _left_out: frozenset[str] = frozenset()
 
     def __init__(self, job_config: Any):
         if job_config.model.name == "megalodon":
@@ -58,7 +63,6 @@ class MegalodonTrainer(Trainer):
             use_hosts_validation_data(job_config)
         if job_config.training.enable_cpu_offload and utils.device_type == "cpu":
             raise ValueError("`training.enable_cpu_offload` must be false on a machine without a GPU, but is true")
-        self._saves_random_state = True
         super().__init__(job_config)
         self._step_totals = LossTotals(self.device)
         # The host's own models have the host's metrics, which want the host's counts.
@@ -77,7 +81,6 @@ class MegalodonTrainer(Trainer):
         model: Any = self.model_parts[0]
         carried = CarriedStates(model, dataloader.lanes, training.local_batch_size, dtype, self.device, whole_chunks)
         self._carried = carried
-        self._saves_carried_state = True
         loss_fn: Any = self.loss_fn  # type: ignore[has-type]
         self.loss_fn = StateKeepingLoss(loss_fn, carried)  # not the validator's
         chunk = "ends with a chunk" if whole_chunks else "may end inside a chunk, whose keys and values are carried too"
@@ -88,13 +91,13 @@ class MegalodonTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        if self._saves_random_state:
+        if RANDOM_STATE not in self._left_out:
             # Ranks of one pipeline stage share their random state, so it has one name for all of them.
             stage = self.parallel_dims.get_mesh("pp").get_local_rank() if self.parallel_dims.pp_enabled else 0
             state[f"random_state_{stage}"] = torch.get_rng_state()
             if utils.device_type != "cpu":
                 state[f"{utils.device_type}_random_state_{stage}"] = utils.device_module.get_rng_state()
-        if self._carried is not None and self._saves_carried_state:
+        if self._carried is not None and CARRIED_STATE not in self._left_out:
             state |= self._carried.state_dict()
         return state
 
@@ -105,7 +108,7 @@ class MegalodonTrainer(Trainer):
                 torch.set_rng_state(value)
             elif name.startswith(f"{utils.device_type}_random_state"):
                 utils.device_module.set_rng_state(value)
-        if self._carried is not None and self._saves_carried_state:
+        if self._carried is not None and CARRIED_STATE not in self._left_out:
             self._carried.load_state_dict(state_dict)
 
     def train(self) -> None:
@@ -134,23 +137,19 @@ class MegalodonTrainer(Trainer):
             if with_data:
                 check_same_shapes(checkpoint, saved, self._carried.state_dict())
             else:
-                self._without_while_loading("_saves_carried_state")  # all rows begin a document
+                around_load(self.checkpointer, partial(self._leaving_out, CARRIED_STATE))  # all rows begin a document
         if any("random_state" in name and f"train_state.{name}" not in saved for name in self.state_dict()):
             logger.warning("The checkpoint holds no random state for this layout: dropout will not resume exactly")
-            self._without_while_loading("_saves_random_state")
+            around_load(self.checkpointer, partial(self._leaving_out, RANDOM_STATE))
 
-    def _without_while_loading(self, flag: str) -> None:
-        """Leave what `flag` stands for out of what the host asks of this one checkpoint."""
-
-        @contextmanager
-        def without() -> Iterator[None]:
-            setattr(self, flag, False)
-            try:
-                yield
-            finally:
-                setattr(self, flag, True)
-
-        around_load(self.checkpointer, without)
+    @contextmanager
+    def _leaving_out(self, what: str) -> Iterator[None]:
+        before = self._left_out
+        self._left_out = before | {what}
+        try:
+            yield
+        finally:
+            self._left_out = before
 
     def _write_model_json(self) -> None:
         if isinstance(self.model_args, MegalodonModelArgs) and torch.distributed.get_rank() == 0:

@@ -77,7 +77,7 @@ def test_a_run_is_the_streaming_of_its_documents(tmp_path: Path, seq_len: int) -
     """Rows shorter than a chunk, of another length than chunks, and of whole chunks."""
     config = carrying_job(tmp_path, seq_len, optimizer={"lr": 0.0})
     log = train_well(config, "--training.steps", "9", "--checkpoint.interval", "9")
-    assert "Carried state: a row of a step reads on" in log
+    assert "Carried state: a row of a step continues the one" in log
     records = read_records(tmp_path / "run")
     model = load_checkpoint(tmp_path / "run" / "checkpoint" / "step-9")[0]
     expected = by_hand(config, model, 9)
