@@ -3,7 +3,7 @@ against the formulas behind `megalodon plan` and docs/scaling.md.
 """
 
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,21 +23,29 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_step_exchanges_what_the_formulas_say(name: str, tmp_path: Path) -> None:
-    layout = Layout.parse(name)
-    job = TrainingJob(
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the first rank found under each layout, one after the other in one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = run_python(*command_of_a_rank([Task(small_job(name), steps=4, count=True) for name in LAYOUTS], folder))
+    assert done.returncode == 0, done.stdout[-3000:]
+    return {name: json.loads((folder / f"{number}.0.json").read_text()) for number, name in enumerate(LAYOUTS)}
+
+
+def small_job(layout: str) -> TrainingJob:
+    return TrainingJob(
         "megalodon",
         tuple(SMALL.items()),
         batch=2,
         length=256,
         compiled=False,
         low_precision=False,
-        layout=layout,
+        layout=Layout.parse(layout),
         fake_ranks=True,
     )
-    done = run_python(*command_of_a_rank([Task(job, steps=4, count=True)], tmp_path))
-    assert done.returncode == 0, done.stdout[-3000:]
-    found = json.loads((tmp_path / "0.0.json").read_text())
-    assert found["exchanges"].keys() == LAYOUTS[name]
-    assert found["differences"] == []
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_step_exchanges_what_the_formulas_say(name: str, rows: dict[str, dict[str, Any]]) -> None:
+    assert rows[name]["exchanges"].keys() == LAYOUTS[name]
+    assert rows[name]["differences"] == []
