@@ -54,7 +54,8 @@ def run_plan(options: argparse.Namespace) -> int:
         ValueError: an option is wrong, or no layout is allowed.
     """
     from megalodon_plugin.files import write_text
-    from megalodon_plugin.planning.candidates import PlanOptions, candidates, load_job
+    from megalodon_plugin.planning.candidates import PlanOptions, candidates
+    from megalodon_plugin.planning.job import load_job
     from megalodon_plugin.planning.report import advice, as_json, report
 
     plan, overrides = options_of(PlanOptions, options), options.host_options

@@ -4,19 +4,16 @@ Everything it prints but the parameter count is an estimate: memory from `planni
 `planning.traffic` and the speeds given as options.
 """
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from megalodon_plugin.parallel.layout import DIMENSIONS, ONE_STAGE_A_RANK, Layout, refusal, reshards_after_forward
 
+from .job import Job, stages_of, work_of
 from .links import Links
-from .memory import Memory, Parameter, Stage, Work, parameters_of, rank_memory
+from .memory import Memory, Stage, Work, rank_memory
 from .traffic import Exchange, exchanges_of_step
 
 GIB = 2**30
@@ -65,22 +62,6 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the job's configuration says that a plan depends on."""
-
-    args: Any
-    parameters: list[Parameter]
-    forward_flops: float
-    """Of one token."""
-    options: Any
-    """The host's configuration itself."""
-
-    @property
-    def tokens_per_row(self) -> int:
-        return self.options.training.seq_len
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A layout that the rules allow, with its estimates for the rank that has most of each."""
 
@@ -102,48 +83,6 @@ class Candidate:
 
     def fits(self, gib: float) -> bool:
         return self.memory.total <= (1 - RESERVE) * gib * GIB
-
-
-def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Job:
-    """The job of a TOML file with the host's overrides, its model on the meta device.
-
-    Raises:
-        ValueError: the job trains another model, or asks for something that cannot be estimated.
-    """
-    from megalodon_plugin.titan.command_line import read_job
-
-    degrees = [option for option in overrides if option.startswith("--parallelism.") and "degree" in option]
-    if degrees:
-        raise ValueError(f"`{degrees[0].split('=')[0]}` must be left out: the degrees are what a plan chooses")
-    options = read_job(["--job.config_file", str(config), *overrides])
-    if options.model.name != "megalodon":
-        raise ValueError(f"`model.name` must be megalodon, but is {options.model.name!r}")
-    if seq_len is not None:
-        options.training.seq_len = options.validation.seq_len = seq_len
-    if options.activation_checkpoint.mode not in ("none", "full", "selective"):
-        mode = options.activation_checkpoint.mode
-        raise ValueError(f"`activation_checkpoint.mode` must be none, full or selective for a plan, but is {mode!r}")
-    if options.training.enable_cpu_offload:
-        raise ValueError("`training.enable_cpu_offload` must be false for a plan: it counts all state on the GPU")
-    return job_of(options)
-
-
-def job_of(options: Any) -> Job:
-    """The job of a host's configuration with all degrees 1, its model on the meta device."""
-    from megalodon_plugin.model import Megalodon
-    from megalodon_plugin.titan.job_rules import use_own_trainer
-    from megalodon_plugin.titan.model_args import Flavors
-
-    options = copy.deepcopy(options)
-    for dimension in DIMENSIONS.values():
-        setattr(options.parallelism, dimension.key, 1)
-    use_own_trainer(options)  # what `megalodon train` can do is what is planned
-    args = Flavors()[options.model.flavor]
-    args.update_from_config(options)
-    with torch.device("meta"):
-        model = Megalodon(args.config)
-    _, flops = args.get_nparams_and_flops(model, options.training.seq_len)
-    return Job(args, parameters_of(model), flops / 3, options)
 
 
 def layouts_of(gpus: int) -> Iterator[Layout]:
@@ -199,51 +138,6 @@ def schedule_refusal(job: Job, layout: Layout) -> str | None:
     )
 
 
-def stages_of(job: Job, degree: int) -> list[Stage]:
-    """What each of `degree` ranks of a pipeline holds, as the host cuts the model, where the layout is not refused."""
-    if degree == 1:
-        return [Stage(job.args.n_layers)]
-    options = job.options.parallelism
-    names = options.module_fqns_per_model_part
-    if names is None:
-        from torchtitan.distributed.pipeline_parallel import generate_llm_fqn_per_model_part
-
-        less = options.pipeline_parallel_first_stage_less_layers, options.pipeline_parallel_last_stage_less_layers
-        names = generate_llm_fqn_per_model_part(degree, job.args.n_layers, *less)
-    microbatches = job.options.training.local_batch_size // options.pipeline_parallel_microbatch_size
-    waiting = [microbatches] * degree
-    if options.pipeline_parallel_schedule == "1F1B":
-        waiting = [min(n, degree - rank) for rank, n in enumerate(waiting)]
-    layers = [sum(name.startswith("layers.") for name in part) for part in names]
-    return [Stage(n, rank == 0, rank == degree - 1, waiting[rank]) for rank, n in enumerate(layers)]
-
-
-def work_of(job: Job, layout: Layout) -> tuple[Work, int]:
-    """What a rank does in a step, and the rows of the step over all ranks."""
-    options = job.options
-    training, checkpointing = options.training, options.activation_checkpoint
-    rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * layout.data
-    mode = checkpointing.mode
-    if mode == "selective":
-        mode = "full" if checkpointing.selective_ac_option == "0" else checkpointing.selective_ac_option
-    microbatch = training.local_batch_size
-    if layout.pp > 1:
-        microbatch = options.parallelism.pipeline_parallel_microbatch_size
-    work = Work(
-        rows=microbatch,
-        length=training.seq_len,
-        microbatches=training.local_batch_size // microbatch,
-        accumulation=rows // (training.local_batch_size * layout.data),
-        low_bytes=2 if training.mixed_precision_param == "bfloat16" else 4,
-        checkpointing=mode,
-        loss_parallel=not options.parallelism.disable_loss_parallel,
-        compiled_loss=options.compile.enable and "loss" in options.compile.components,
-        compiled=options.compile.enable and "model" in options.compile.components,
-        loss_rows=options.megalodon.loss_chunk_tokens,
-    )
-    return work, rows
-
-
 def estimate(job: Job, layout: Layout, stages: list[Stage], links: Links, tflops: float) -> Candidate:
     """A candidate for each of whose numbers the rank that has most of it stands."""
     work, rows = work_of(job, layout)
@@ -273,10 +167,3 @@ def estimate(job: Job, layout: Layout, stages: list[Stage], links: Links, tflops
     exchange_seconds = by_dimension(exchanges)
     seconds = {"compute": compute, "exchange": sum(exchange_seconds.values()), "idle": idle}
     return Candidate(layout, work, rows, memory, exchanges, seconds, exchange_seconds)
-
-
-def with_checkpointing(job: Job, mode: str) -> Job:
-    """The same job under another mode of activation checkpointing."""
-    options = copy.deepcopy(job.options)
-    options.activation_checkpoint.mode = mode
-    return dataclasses.replace(job, options=options)

@@ -8,7 +8,8 @@ from typing import Any
 
 from megalodon_plugin.parallel.layout import DIMENSIONS, Layout
 
-from .candidates import GIB, RESERVE, Candidate, Job, PlanOptions, candidates, with_checkpointing
+from .candidates import GIB, RESERVE, Candidate, PlanOptions, candidates
+from .job import Job, with_checkpointing
 from .traffic import Exchange
 
 

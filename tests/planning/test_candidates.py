@@ -15,6 +15,7 @@ from megalodon_plugin.cli.options import options_of
 from megalodon_plugin.cli.plan import add_plan
 from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.planning import candidates as plan
+from megalodon_plugin.planning.job import load_job, stages_of
 from megalodon_plugin.planning.memory import Stage
 
 from support.tiny_job import write_job
@@ -31,7 +32,7 @@ def parse(config: Path, *arguments: str) -> plan.PlanOptions:
 
 def planned(config: Path, *arguments: str, overrides: list[str] | None = None) -> list[plan.Candidate]:
     options = parse(config, *arguments)
-    return plan.candidates(plan.load_job(config, options.seq_len, overrides or []), options)[0]
+    return plan.candidates(load_job(config, options.seq_len, overrides or []), options)[0]
 
 
 def status(*arguments: Any) -> Any:
@@ -61,7 +62,7 @@ def test_the_rules_leave_what_the_adapter_takes(config: Path) -> None:
     """Each layout is asked for by the host's options, as a training job does."""
     from megalodon_plugin.titan import job_rules
 
-    job = plan.load_job(config, None, [])
+    job = load_job(config, None, [])
     allowed = {c.layout for c in planned(config, "--gpus", "8")}
     for layout in plan.layouts_of(8):
         for key, degree in layout.options.items():
@@ -100,13 +101,13 @@ def test_no_dropout_on_ranks_that_share_a_seed(config: Path) -> None:
 
 
 def test_stages_are_the_hosts() -> None:
-    job = plan.load_job(CONFIGS / "megalodon_7b.toml", None, ["--training.local_batch_size", "8"])
-    stages = plan.stages_of(job, 4)
+    job = load_job(CONFIGS / "megalodon_7b.toml", None, ["--training.local_batch_size", "8"])
+    stages = stages_of(job, 4)
     assert sum(stage.layers for stage in stages) == 32
     assert [stage.in_flight for stage in stages] == [4, 3, 2, 1]
     assert stages[0] == Stage(8, True, False, 4) and stages[3].last
     job.options.parallelism.pipeline_parallel_schedule = "GPipe"
-    assert {stage.in_flight for stage in plan.stages_of(job, 4)} == {8}
+    assert {stage.in_flight for stage in stages_of(job, 4)} == {8}
 
 
 def test_a_pipeline_of_few_microbatches_idles(config: Path) -> None:
@@ -211,7 +212,7 @@ def _model(config: Path) -> torch.nn.Module:
     from megalodon_plugin.model import Megalodon
 
     with torch.device("meta"):
-        return Megalodon(plan.load_job(config, None, []).args.config)
+        return Megalodon(load_job(config, None, []).args.config)
 
 
 def test_several_nodes_are_started_by_torchrun(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_plugin.parallel.layout import Layout, reshards_after_forward
-from megalodon_plugin.planning.candidates import job_of, stages_of, work_of
+from megalodon_plugin.planning.job import job_of, stages_of, work_of
 from megalodon_plugin.planning.traffic import Exchange, exchanges_of_step
 
 Exchanged = dict[str, dict[str, list[float]]]

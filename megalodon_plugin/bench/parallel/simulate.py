@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megalodon_plugin.planning.candidates import job_of, stages_of, work_of
+from megalodon_plugin.planning.job import job_of, stages_of, work_of
 from megalodon_plugin.planning.links import Links
 from megalodon_plugin.planning.step_time import simulate_step
 from megalodon_plugin.planning.traffic import exchanges_of_step
