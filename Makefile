@@ -38,7 +38,7 @@ test: lint types
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 layouts: $(INSTALLED)
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.layouts
+	OMP_NUM_THREADS=1 $(BIN)/python -m megalodon_plugin.bench.parallel.matrix
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from megalodon_plugin.bench.parallel.exchanges import differences
+from megalodon_plugin.bench.parallel.matrix import SMALL
 from megalodon_plugin.bench.parallel.rank import Task
 from megalodon_plugin.bench.parallel.report import check_line, draw, table
 from megalodon_plugin.bench.parallel.rows import add_ratios, check_against_single, deviation, merged
-from megalodon_plugin.bench.parallel.run import SMALL
 from megalodon_plugin.bench.parallel.scenarios import (
     default_layouts,
     refusal_of,

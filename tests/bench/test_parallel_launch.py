@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from megalodon_plugin.bench.parallel.launch import command_of_a_rank, run_tasks, started, wait_for
+from megalodon_plugin.bench.parallel.matrix import SMALL
 from megalodon_plugin.bench.parallel.rank import Task
 from megalodon_plugin.bench.parallel.rows import merged
-from megalodon_plugin.bench.parallel.run import SMALL
 from megalodon_plugin.bench.parallel.scenarios import Scenario
 from megalodon_plugin.bench.parallel.simulate import simulated_row
 from megalodon_plugin.bench.train.job import TrainingJob

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megalodon_plugin.bench.parallel.launch import command_of_a_rank
+from megalodon_plugin.bench.parallel.matrix import SMALL
 from megalodon_plugin.bench.parallel.rank import Task
-from megalodon_plugin.bench.parallel.run import SMALL
 from megalodon_plugin.bench.train.job import TrainingJob
 from megalodon_plugin.parallel.layout import Layout
 

@@ -1,106 +1,116 @@
-"""Some of the matrix of layouts (tests/support/layouts.py, `make layouts` runs all): processes together equal one."""
+"""Some of the matrix of layouts (bench/parallel/matrix.py, `make layouts` runs all): processes together equal one."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.layouts import (
-    FLOAT8,
-    FLOAT8_LAYOUTS,
-    LAYOUTS,
+from megalodon_plugin.bench.parallel.matrix import (
+    ENTRIES,
     LENGTH,
+    LOW_PRECISION,
     ROWS,
-    STEPS,
     TOLERANCE,
-    Layout,
-    Records,
-    deviation,
-    make_seed,
-    move,
-    run,
-    unbroken,
-    validation,
+    Entry,
+    check,
+    check_move,
+    task_of,
+    task_without_moves,
+    tasks_of_a_move,
+    write_texts,
 )
-from support.tiny_job import read_records
+from megalodon_plugin.bench.parallel.rank import Task, run_all
+from megalodon_plugin.parallel.layout import ONE_RANK
+
+from support.processes import processes, wait_for
+
+Rows = list[dict[str, Any]]
+ALL = ENTRIES | LOW_PRECISION
+ENTRIES_OF_TESTS = [
+    ("fsdp", "replicate", "tp", "pp", "cp, accumulated gradients", "tp, bfloat16", "pp, bfloat16"),
+    ("fsdp, gathered in float8",),
+    ("cp, compiled",),
+    ("cp x tp", "cp x tp, float8"),
+]
+"""Those of a test run in the same processes, one after the other."""
+
+
+def run(tasks: Sequence[Task], folder: Path) -> list[Rows]:
+    """What each rank found of each task."""
+    folder.mkdir()
+    n = tasks[0].job.layout.gpus
+    with processes(run_all, tasks, folder, ranks=n) as started:
+        wait_for(started)
+    paths = [[folder / f"{number}.{rank}.json" for rank in range(n)] for number in range(len(tasks))]
+    return [[json.loads(path.read_text()) for path in of_task] for of_task in paths]
 
 
 @pytest.fixture(scope="module")
-def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_seed(tmp_path_factory.mktemp("seed"), Layout({}))
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
-def train(folder: Path, layout: Layout, seed: Path) -> tuple[Records, list[dict[str, Any]], list[float]]:
-    """Losses and gradient norms, the whole records of training, and the losses of validation."""
-    records = run(folder, layout, seed, validation=validation(layout, folder), data={"validation_fraction": 0.3})
-    validations = [r["validation_metrics/loss"] for r in read_records(folder / "run", "validation")]
-    return records, read_records(folder / "run"), validations
+@pytest.mark.parametrize("names", ENTRIES_OF_TESTS, ids=" and ".join)
+def test_processes_equal_one(tmp_path: Path, texts: Path, names: Sequence[str]) -> None:
+    entries = [ALL[name] for name in names]
+    singles = [entry.single for entry in entries]
+    different = [single for number, single in enumerate(singles) if single not in singles[:number]]
+    of_singles = [ranks for (ranks,) in run([task_of(single, texts) for single in different], tmp_path / "single")]
+    of_entries = run([task_of(entry, texts) for entry in entries], tmp_path / "ranks")
+    found = [
+        check(entry, ranks, of_singles[different.index(single)])
+        for entry, single, ranks in zip(entries, singles, of_entries, strict=True)
+    ]
+    assert {name: row["failed"] for name, row in zip(names, found, strict=True) if "failed" in row} == {}
+    for single in of_singles:
+        assert sum("validation_metrics/loss" in record for record in single["records"]) == 2  # after the first and last
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, seed: Path) -> tuple[Records, list[dict[str, Any]], list[float]]:
-    """One process, with gradients that are clipped."""
-    records, whole, validations = train(tmp_path_factory.mktemp("alone"), Layout({}), seed)
-    assert list(records) == list(range(1, STEPS + 1))
-    assert all(norm > 0.5 for _, norm in records.values())
-    assert [r["n_tokens_seen"] for r in whole] == [ROWS * LENGTH * step for step in records]
-    assert len(validations) == 2  # after the first step and the last
-    return records, whole, validations
+def test_a_checkpoint_moves_from_layout_to_layout(tmp_path: Path, texts: Path) -> None:
+    *shared, last = tasks_of_a_move(texts, tmp_path / "moved")
+    assert {task.job.layout.gpus for task in shared} == {2}
+    moves = run(shared, tmp_path / "ranks")
+    last_move, unbroken = run([last, task_without_moves(texts, tmp_path / "unbroken")], tmp_path / "single")
+    found = check_move([*moves, last_move], unbroken)
+    assert found.get("failed") is None and found["deviation"] < TOLERANCE
+
+
+def row(*steps: tuple[float, float], tokens: int = ROWS * LENGTH) -> dict[str, Any]:
+    records = [
+        {
+            "step": step,
+            "loss_metrics/global_avg_loss": loss,
+            "loss_metrics/global_max_loss": loss,
+            "grad_norm": norm,
+            "n_tokens_seen": step * tokens,
+        }
+        for step, (loss, norm) in enumerate(steps, 1)
+    ]
+    return {"losses_and_norms": [list(step) for step in steps], "records": records}
 
 
 @pytest.mark.parametrize(
-    "name", ["fsdp", "replicate", "tp", "pp", "cp, accumulated gradients", "cp, compiled", "cp x tp"]
+    ("entry", "found", "failure"),
+    [
+        (ALL["tp"], row((2.0, 1.0)), None),
+        (ALL["tp"], row((2.0, 1.001)), "losses are off by 0.0e+00, gradient norms by 1.0e-03"),
+        (ALL["tp"], row((2.001, 1.0)), "losses are off by 5.0e-04"),
+        (ALL["tp"], row((2.0, 1.0), (2.0, 1.0)), "steps must be those of 1"),
+        (ALL["tp"], row((2.0, 1.0), tokens=1), "must have seen 256 tokens, not 1"),
+        (ALL["cp"], row((2.0, 1.0)), "the largest loss of a rank is 2.0, the mean 2.0"),
+        (ALL["tp, bfloat16"], row((2.0, 1.0)), "precision is not lower"),
+        (ALL["tp, bfloat16"], row((2.0, 1.001)), None),
+    ],
 )
-def test_processes_equal_one(tmp_path: Path, seed: Path, alone: Any, name: str) -> None:
-    layout = LAYOUTS[name]
-    expected, whole, expected_validations = alone
-    records, found, validations = train(tmp_path, layout, seed)
-    assert deviation(records, expected) < TOLERANCE
-    assert validations == pytest.approx(expected_validations, rel=TOLERANCE)
-    assert [r["n_tokens_seen"] for r in found] == [r["n_tokens_seen"] for r in whole]
-    for record in found:
-        mean, largest = (record[f"loss_metrics/global_{which}_loss"] for which in ("avg", "max"))
-        if {"fsdp", "replicate", "cp"} & layout.degrees.keys():  # ranks have tokens of their own
-            assert mean < largest < 1.5 * mean
-        else:
-            assert largest == pytest.approx(mean, rel=1e-6)
+def test_a_difference_is_seen(entry: Entry, found: dict[str, Any], failure: str | None) -> None:
+    failed = check(entry, [found], row((2.0, 1.0))).get("failed")
+    assert failed is None if failure is None else failure in str(failed)
 
 
-@pytest.mark.parametrize("name", ["tp", "pp"])
-def test_mixed_precision_needs_no_fsdp(tmp_path: Path, seed: Path, alone: Any, name: str) -> None:
-    layout = Layout(LAYOUTS[name].degrees, {"training": {"mixed_precision_param": "bfloat16"}})
-    records, _, validations = train(tmp_path, layout, seed)
-    # The host leaves such layouts in float32, which would be within TOLERANCE.
-    assert TOLERANCE < deviation(records, alone[0]) < 0.01
-    assert validations == pytest.approx(alone[2], rel=0.01)
-
-
-@pytest.fixture(scope="module")
-def float8_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = {"megalodon": next(iter(FLOAT8_LAYOUTS.values())).options["megalodon"]}
-    return make_seed(tmp_path_factory.mktemp("float8_seed"), Layout({}, model))
-
-
-@pytest.fixture(scope="module")
-def alone_in_float8(tmp_path_factory: pytest.TempPathFactory, float8_seed: Path) -> Records:
-    return run(tmp_path_factory.mktemp("alone_in_float8"), Layout({}, FLOAT8), float8_seed)
-
-
-@pytest.mark.parametrize("name", FLOAT8_LAYOUTS)
-def test_float8_processes_are_near_one(tmp_path: Path, float8_seed: Path, alone_in_float8: Records, name: str) -> None:
-    found = run(tmp_path, FLOAT8_LAYOUTS[name], float8_seed)
-    assert found.keys() == alone_in_float8.keys()
-    for step, (loss, norm) in alone_in_float8.items():
-        # What scales of parts instead of wholes change is some of float8's own rounding, 3% of a number.
-        assert found[step] != (loss, norm)
-        assert found[step][0] == pytest.approx(loss, rel=0.01)
-        assert found[step][1] == pytest.approx(norm, rel=0.05)
-
-
-def test_a_checkpoint_moves_from_layout_to_layout(tmp_path: Path) -> None:
-    assert deviation(move(tmp_path / "moved"), unbroken(tmp_path / "unbroken")) < TOLERANCE
-
-
-def test_a_difference_is_seen() -> None:
-    assert deviation({1: (2.0, 1.0)}, {1: (2.0, 1.001)}) > TOLERANCE
-    assert deviation({1: (2.0, 1.0)}, {1: (2.0, 1.0), 2: (2.0, 1.0)}) > TOLERANCE
+def test_the_matrix_holds_every_pair_of_dimensions() -> None:
+    assert len(ENTRIES) == 33
+    assert {entry.layout.gpus for entry in ALL.values()} == {2, 4, 8}
+    assert {str(entry.layout) for entry in ENTRIES.values()} >= {"fsdp 2 x cp 2", "replicate 2 x pp 2", "cp 4"}
+    assert all(entry.single.layout == ONE_RANK for entry in ALL.values())

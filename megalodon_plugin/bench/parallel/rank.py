@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ class Task:
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> "Task":
         job = dict(found["job"])
-        job["options"] = tuple((name, value) for name, value in job["options"])
+        for field in ("options", "host_options"):
+            job[field] = tuple((name, value) for name, value in job[field])
         job["layout"] = Layout(**job["layout"])
         return cls(**(found | {"job": TrainingJob(**job)}))
 
@@ -60,6 +62,8 @@ def run_task(task: Task) -> dict[str, Any]:
     def look(trainer: TimedTrainer) -> None:
         nonlocal found
         found["losses_and_norms"] = trainer.losses_and_norms
+        if task.job.text is not None:
+            found["records"] = trainer.records
         if task.count:
             found |= _count(trainer, _by_formula(trainer, task.job.layout))
         if task.trace:
@@ -89,9 +93,11 @@ def _count(trainer: TimedTrainer, known: list[Exchange]) -> dict[str, Any]:
     return {"exchanges": found, "planned": planned, "differences": differences(found, planned)}
 
 
-def main() -> None:
-    tasks = [Task.from_dict(found) for found in json.loads(Path(sys.argv[1]).read_text())]
-    folder, rank = Path(sys.argv[2]), os.environ["RANK"]
+def run_all(tasks: Sequence[Task], folder: Path) -> None:
+    """Run the tasks as the rank that the environment names, with results in the folder. The first that fails ends the
+    process.
+    """
+    rank = os.environ["RANK"]
     # The store that torchrun offers still holds the addresses that an earlier task's ranks left there.
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_ADDR": "127.0.0.1"}
     for number, task in enumerate(tasks):
@@ -109,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_all([Task.from_dict(found) for found in json.loads(Path(sys.argv[1]).read_text())], Path(sys.argv[2]))

@@ -136,3 +136,22 @@ def _bars(axis: Any, rows: list[Row], kind: str) -> None:
     axis.set(xlabel="tokens/s a GPU over those of the fewest GPUs that hold the model", xlim=(0, 1.2))
     if kind == "simulated":
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2)
+
+
+def draw_matrix(rows: list[Row], tolerance: float, steps: int, picture: Path) -> None:
+    """A bar for each layout of the matrix: its deviation from one process."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.28 * len(rows) + 1.2), layout="constrained")
+    axes.barh([row["layout"] for row in rows], [max(row["deviation"], 1e-9) for row in rows], color="tab:blue")
+    axes.axvline(tolerance, color="tab:red", label="allowed")
+    axes.set_xscale("log")
+    axes.set_xlim(1e-9, 1e-3)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"loss and gradient norm: largest relative difference\nfrom one process, {steps} steps, float32")
+    axes.legend(loc="upper right")
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)

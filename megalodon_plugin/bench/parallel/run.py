@@ -29,6 +29,7 @@ from ..sizes import SIZES
 from ..train.job import TrainingJob
 from ..train.trainer import check_steps
 from .launch import ALLOCATOR, run_tasks
+from .matrix import SMALL_TOLERANCES, small_task
 from .rank import Task, run_task
 from .report import check_line, draw, table
 from .rows import Row, add_ratios, check_against_single, comparison_key, logged, merged, reason_of
@@ -41,23 +42,6 @@ from .scenarios import (
     weak,
 )
 from .simulate import simulated_row
-
-SMALL = {
-    "flavor": "debug",
-    "dim": 32,
-    "n_layers": 8,
-    "n_heads": 8,
-    "z_dim": 32,
-    "value_dim": 64,
-    "ffn_dim": 64,
-    "chunk_size": 16,
-    "norm_groups": 8,
-    "vocab_size": 512,
-}
-"""The model of the checks, which 8 ranks of any dimension can share."""
-SMALL_ROWS, SMALL_LENGTH = 8, 128
-TOLERANCES = {False: 1e-5, True: 5e-3}
-"""Of losses and gradient norms in float32 and, by whether the precision is low, in bfloat16."""
 
 
 def run_bench_parallel(known: argparse.Namespace) -> int:
@@ -144,8 +128,7 @@ class ParallelBench:
         failed = set()
         for gpus in sorted({layout.gpus for layout in layouts}):
             scenarios = [(layout, low) for layout in layouts if layout.gpus == gpus for low in (False, True)]
-            # Exchanges of bfloat16 are the same in half the bytes.
-            tasks = [Task(_small_job(layout, low), steps=4, count=not low) for layout, low in scenarios]
+            tasks = [small_task(layout, low) for layout, low in scenarios]
             for (layout, low), ranks in self._run(scenarios, tasks):
                 row: Row = {"layout": str(layout), "gpus": gpus, "dtype": "bfloat16" if low else "float32"}
                 reason = reason_of(ranks)
@@ -154,7 +137,7 @@ class ParallelBench:
                 if reason is not None or low not in single:
                     row["failed"] = reason or "one process failed"
                 else:
-                    row |= check_against_single(ranks, single[low], TOLERANCES[low])
+                    row |= check_against_single(ranks, single[low], SMALL_TOLERANCES[low])
                 if "failed" in row:
                     failed.add(row["layout"])
                 self.results["checks"].append(row)
@@ -248,17 +231,3 @@ class ParallelBench:
 
     def _know_device(self, row: Row) -> None:
         self.results["device"] = row.pop("device", self.results["device"])
-
-
-def _small_job(layout: Layout, low_precision: bool) -> TrainingJob:
-    return TrainingJob(
-        "megalodon",
-        tuple(SMALL.items()),
-        batch=SMALL_ROWS // layout.data,
-        length=SMALL_LENGTH,
-        compiled=False,
-        low_precision=low_precision,
-        layout=layout,
-        rows=SMALL_ROWS,
-        same_weights=True,
-    )

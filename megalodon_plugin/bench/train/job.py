@@ -55,6 +55,13 @@ class TrainingJob:
     fake_ranks: bool = False
     """This process is rank 0, and the host's "fake_backend" stands for the others. It copies this rank's part into all
     places of what is gathered, so shapes, sizes and the range of the numbers are those of a real step."""
+    text: str | None = None
+    """Folder of text that is read as in any run, every step of which is logged. Such a job is checked and not timed.
+    None: random tokens."""
+    folder: str | None = None
+    """The host's dump folder; None: a temporary one."""
+    host_options: tuple[tuple[str, Any], ...] = ()
+    """More of the host's options, or others than the benchmark's."""
 
     @property
     def vocabulary(self) -> int:
@@ -88,11 +95,22 @@ class TrainingJob:
             "comm.mode": "fake_backend" if self.fake_ranks else "default",
         }
         found |= self.layout.options
+        if self.text is not None:
+            found |= {"training.dataset": "local_text", "training.dataset_path": self.text, "metrics.log_freq": 1}
         if self.model == "megalodon":
             found |= {f"megalodon.{name}": value for name, value in self.options if name != "flavor"}
             found |= {"megalodon.vocab_size": self.vocabulary, "model.flavor": dict(self.options)["flavor"]}
         flags = [f"--compile.{'' if self.compiled else 'no-'}enable"]
-        return [*flags, *(part for name, value in found.items() for part in (f"--{name}", str(value)))]
+        found |= dict(self.host_options)
+        return [*flags, *(part for name, value in found.items() for part in _argument(name, value))]
+
+
+def _argument(name: str, value: Any) -> list[str]:
+    """One option of the host's command line."""
+    if isinstance(value, bool) and not name.startswith("megalodon."):  # where None is a third value
+        section, _, key = name.rpartition(".")
+        return [f"--{name}" if value else f"--{section}.no-{key}"]
+    return [f"--{name}", ",".join(value) if isinstance(value, (list, tuple)) else str(value)]
 
 
 def run_job(
@@ -122,11 +140,10 @@ def run_job(
     trainer = None
     try:
         with tempfile.TemporaryDirectory() as folder, _spec_of(job):
-            trainer = TimedTrainer(
-                read_job(job.arguments(steps, folder)), job.same_weights, job.fake_ranks, most_seconds, longest_step
-            )
+            config = read_job(job.arguments(steps, job.folder or folder))
+            trainer = TimedTrainer(config, job.same_weights, job.fake_ranks, most_seconds, longest_step)
             trainer.train()
-            measured = _with_numbers(row, trainer, job)
+            measured = _with_numbers(row, trainer, job) if job.text is None else row
             if after is not None:
                 after(trainer)
             failed = False
@@ -189,7 +206,10 @@ def free_port() -> int:
 
 @contextmanager
 def _spec_of(job: TrainingJob) -> Iterator[None]:
-    """The host's train spec with random tokens and, for its Llama, these sizes."""
+    """The host's train spec with random tokens, unless the job reads text, and, for its Llama, these sizes."""
+    if job.text is not None:
+        yield
+        return
     name = SPECS[job.model]
     before = train_spec._extra_train_specs.get(name)
     loader = partial(RandomTokens, vocabulary=job.vocabulary)

@@ -92,17 +92,24 @@ class TimedTrainer(MegalodonTrainer):
         self.most_seconds, self.longest_step = most_seconds, longest_step
         self._ends: list[Any] = []
         """Of the last uncounted step and of each after it."""
-        self.losses_and_norms: list[tuple[float, float]] = []
-        """Of the logged steps, over all ranks."""
+        self.records: list[dict[str, float]] = []
+        """Of the logged steps and of validations, with the host's names for the numbers."""
         if same_weights:
             self._take_same_weights()
         if fake_ranks:
             self.optimizers.register_step_pre_hook(self._clear_gradients)
         metrics = self.metrics_processor
-        metrics.should_log = lambda step: step < UNCOUNTED
-        metrics.logger.log = lambda numbers, step: self.losses_and_norms.append(
-            (float(numbers["loss_metrics/global_avg_loss"]), float(numbers["grad_norm"]))
+        if job_config.metrics.log_freq > 1:
+            metrics.should_log = lambda step: step < UNCOUNTED
+        metrics.logger.log = lambda numbers, step: self.records.append(
+            {"step": step} | {name: float(number) for name, number in numbers.items()}
         )
+
+    @property
+    def losses_and_norms(self) -> list[tuple[float, float]]:
+        """Of the logged steps, over all ranks."""
+        steps = [record for record in self.records if "grad_norm" in record]
+        return [(record["loss_metrics/global_avg_loss"], record["grad_norm"]) for record in steps]
 
     def _clear_gradients(self, *_: Any) -> None:
         """What the fake backend leaves as a sum of gradients may be anything; NaNs would make the next step faster."""
