@@ -5,6 +5,7 @@ sizes alone, so that a corpus of any size starts at once; where a range really b
 (`reader`).
 """
 
+import functools
 import glob
 import itertools
 import os
@@ -88,7 +89,11 @@ def find_text_files(dataset_path: str, key: str = "training.dataset_path") -> li
 
 def find_python_stdlib() -> list[TextFile]:
     """Python sources of the running interpreter's standard library, without tests: text that is on every machine."""
-    root = sysconfig.get_paths()["stdlib"]
+    return list(_stdlib_under(sysconfig.get_paths()["stdlib"]))
+
+
+@functools.cache  # both sides of a split ask, and every file is read to see that it is UTF-8
+def _stdlib_under(root: str) -> tuple[TextFile, ...]:
     files = []
     for path, name in _walk(root):
         steps = PurePosixPath(name).parts
@@ -97,7 +102,7 @@ def find_python_stdlib() -> list[TextFile]:
         if name.endswith(".py") and _is_utf8(path):
             files.append(TextFile(path, name, os.path.getsize(path)))
     _check_holds_text(files, f"the standard library in {root}")
-    return files
+    return tuple(files)
 
 
 def _files_of(part: str, rule: str) -> list[tuple[str, str]]:
