@@ -135,14 +135,14 @@ def test_ranges_hold_each_byte_once(tmp_path: Path, content: str, range_bytes: i
 
 
 def test_a_large_file_is_read_in_bounded_ranges(tmp_path: Path) -> None:
-    size = 2**40
-    with open(tmp_path / "holes.txt", "wb") as stream:  # a terabyte of holes takes no room
+    size = 2**36
+    with open(tmp_path / "holes.txt", "wb") as stream:  # 64 GiB of holes take no room
         stream.write(b"first line\n")
         stream.seek(size // 2)
         stream.write(b"\nmiddle line\n")
         stream.truncate(size)
     units = cut_into_units(find_text_files(str(tmp_path)), 2**20)
-    assert len(units) == 2**20
+    assert len(units) == 2**16
     middle = [unit for unit in units if unit.start <= size // 2 < unit.end]
     (document,) = TextReader(2**20).documents(middle[0])
     assert len(document) < 2 * 2**20 and "middle line" in document
