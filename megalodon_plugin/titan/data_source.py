@@ -49,6 +49,7 @@ class TextSource(NamedTuple):
 
     @property
     def label(self) -> str:
+        """What errors and the log call it."""
         return self.dataset_path or self.dataset
 
 
@@ -79,13 +80,6 @@ def use_hosts_validation_data(job_config: JobConfig) -> None:
         job_config.validation.dataset = HOST_VALIDATION
 
 
-def _checked(source: TextSource, section: str) -> TextSource:
-    names = (*OWN_DATASETS, *text_datasets.DATASETS)
-    if source.dataset.lower() not in names:
-        raise ValueError(f'`{section}.dataset` must be one of {", ".join(names)}, but is "{source.dataset}"')
-    return source
-
-
 def rows_of_step(job_config: JobConfig, dp_world_size: int) -> int:
     """Rows of one step of the whole job."""
     training = job_config.training
@@ -100,14 +94,7 @@ def corpus_of(
 
     With `n_document_lanes` its rows follow documents.
     """
-    data = getattr(job_config, "data", None) or Data()
-    try:
-        check_types(data, Data)
-    except ValueError as error:
-        raise ValueError(f"[data] {error}") from error
-    if not 0 <= data.validation_fraction < 1:
-        raise ValueError(f"`data.validation_fraction` must be in [0, 1), but is {data.validation_fraction}")
-    options = getattr(job_config, section)
+    data, options, source = _data_options(job_config), getattr(job_config, section), source_of(job_config, section)
     files, shared = _files_of_side(job_config, section)
     # Both sides of a split must cut the files alike, whatever the length of their rows.
     seq_len = job_config.training.seq_len if shared else options.seq_len
@@ -115,9 +102,7 @@ def corpus_of(
     range_bytes = range_bytes_of(files, seq_len)
     units = cut_into_units(files, range_bytes)
     if shared:
-        divide = split_files if carries_state(job_config) else split_units
-        units = _side(units, section, data.validation_fraction, data.seed, divide)
-    source = source_of(job_config, section)
+        units = _side(units, section, data, split_files if carries_state(job_config) else split_units)
     if shared and source != (options.dataset, options.dataset_path):
         logger.info(
             f'Validation reads the training data, "{source.label}": `data.validation_fraction` = '
@@ -126,8 +111,9 @@ def corpus_of(
     size = sum(unit.n_bytes for unit in units) / 2**20
     logger.info(f'{section} text: "{source.label}", {len(files)} files; {size:.1f} MiB in {len(units)} units')
     reader = TextReader(range_bytes, data.text_field, data.broken_lines)
-    how = (reader, tokenizer, options.seq_len, data.seed, source.label)
-    return Corpus(units, *how) if n_document_lanes is None else DocumentCorpus(units, *how, n_lanes=n_document_lanes)
+    if n_document_lanes is None:
+        return Corpus(units, reader, tokenizer, options.seq_len, data.seed, source.label)
+    return DocumentCorpus(units, reader, tokenizer, options.seq_len, data.seed, source.label, n_document_lanes)
 
 
 def side_as_bytes(job_config: JobConfig, section: str) -> bytes:
@@ -141,9 +127,29 @@ def side_as_bytes(job_config: JobConfig, section: str) -> bytes:
 
 
 def check_batch(batch_size: int, seq_len: int) -> None:
+    """Raise ValueError unless both are at least 1."""
     for name, value in (("local_batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, but is {value}")
+
+
+def _checked(source: TextSource, section: str) -> TextSource:
+    names = (*OWN_DATASETS, *text_datasets.DATASETS)
+    if source.dataset.lower() not in names:
+        raise ValueError(f'`{section}.dataset` must be one of {", ".join(names)}, but is "{source.dataset}"')
+    return source
+
+
+def _data_options(job_config: JobConfig) -> Data:
+    """`[data]`, checked; the defaults for a job without that section."""
+    data = getattr(job_config, "data", None) or Data()
+    try:
+        check_types(data, Data)
+    except ValueError as error:
+        raise ValueError(f"[data] {error}") from error
+    if not 0 <= data.validation_fraction < 1:
+        raise ValueError(f"`data.validation_fraction` must be in [0, 1), but is {data.validation_fraction}")
+    return data
 
 
 def _files(section: str, job_config: JobConfig) -> list[TextFile]:
@@ -190,15 +196,15 @@ def _files_of_side(job_config: JobConfig, section: str) -> tuple[list[TextFile],
     return files[section], False
 
 
-def _side(units: list[Unit], section: str, fraction: float, seed: int, divide: Divide) -> list[Unit]:
+def _side(units: list[Unit], section: str, data: Data, divide: Divide) -> list[Unit]:
     """The units of one side where both sides name the same data."""
-    training, validation = divide(units, fraction, seed)
-    if section == "validation" and fraction == 0:
+    training, validation = divide(units, data.validation_fraction, data.seed)
+    if section == "validation" and data.validation_fraction == 0:
         raise ValueError(
             "`data.validation_fraction` must be above 0 when validation reads the training data, as it does unless "
             "`validation.dataset_path` names others, but is 0: set it, for example to 0.05, or name other data"
         )
-    if fraction > 0 and not validation:
+    if data.validation_fraction > 0 and not validation:
         raise ValueError(
             f"`data.validation_fraction` must leave text on both sides, but the data are {len(units)} unit, too small "
             "to be split: give more text, lower `training.seq_len`, or name other data in `validation.dataset_path`"
