@@ -16,7 +16,7 @@ from typing import NotRequired, TypedDict
 import torch
 from torch import nn
 
-from megalodon_plugin.files import write_json
+from megalodon_plugin.files import new_figure, write_figure, write_json
 from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model.inference.decode import Decoder
 from megalodon_plugin.model.inference.prefill import Reading, read
@@ -253,12 +253,8 @@ def _add(results: GenerateResults, row: GenerateRow) -> None:
 
 def draw(results: GenerateResults, picture: Path) -> None:
     """Reading: tokens a second and memory against the length; decoding: tokens a second against the batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (speed, memory, decoding) = plt.subplots(1, 3, figsize=(15, 4.5))
+    figure = new_figure(15, 4.5)
+    speed, memory, decoding = figure.subplots(1, 3)
     colors = {"megalodon": "tab:red", "llama": "tab:blue"}
     for model, color in colors.items():
         read_rows = [r for r in results["rows"] if (r["model"], r["what"]) == (model, "read") and r["tokens_per_s"]]
@@ -286,5 +282,4 @@ def draw(results: GenerateResults, picture: Path) -> None:
         axes.legend()
     figure.suptitle(f"{results['flavor']}, {results['dtype']}, {device_of(results)}, torch {results['torch']}")
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    write_figure(figure, picture)

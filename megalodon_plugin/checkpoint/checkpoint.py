@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalodon_plugin.files import whole_folder
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
 from .formats.authors import check_expressible, is_authors, read_authors, write_authors
@@ -102,25 +103,21 @@ def write_checkpoint(
         ValueError: the folder exists, or the format cannot hold this model.
     """
     check_target(folder, checkpoint.config, kind, shards)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    config, tensors = checkpoint.config, checkpoint.tensors
-    tokenizer = checkpoint.tokenizer
-    if kind != "dcp":
-        tokenizer = _copy_tokenizer(tokenizer, unfinished)
-    elif tokenizer not in (None, BYTE_TOKENIZER):
-        tokenizer = str(Path(tokenizer).resolve())  # type: ignore[arg-type]
-    if kind == "authors":
-        write_authors(unfinished, config, tokenizer, tensors, shards)
-    elif kind == "safetensors":
-        dtype = tensors["tok_embeddings.weight"].dtype
-        write_config(unfinished, config, tokenizer, dtype)
-        write_safetensors(unfinished, to_stored(tensors, config.tie_embedding), max_shard_bytes)
-    else:
-        write_dcp(unfinished, tensors)
-        write_content(unfinished / NAME, config, tokenizer)
-    unfinished.rename(folder)
+    config, tensors, tokenizer = checkpoint.config, checkpoint.tensors, checkpoint.tokenizer
+    with whole_folder(folder) as unfinished:
+        if kind != "dcp":
+            tokenizer = _copy_tokenizer(tokenizer, unfinished)
+        elif tokenizer not in (None, BYTE_TOKENIZER):
+            tokenizer = str(Path(tokenizer).resolve())  # type: ignore[arg-type]
+        if kind == "authors":
+            write_authors(unfinished, config, tokenizer, tensors, shards)
+        elif kind == "safetensors":
+            dtype = tensors["tok_embeddings.weight"].dtype
+            write_config(unfinished, config, tokenizer, dtype)
+            write_safetensors(unfinished, to_stored(tensors, config.tie_embedding), max_shard_bytes)
+        else:
+            write_dcp(unfinished, tensors)
+            write_content(unfinished / NAME, config, tokenizer)
 
 
 def check_target(folder: Path, config: MegalodonConfig, kind: str, shards: int = 1) -> None:

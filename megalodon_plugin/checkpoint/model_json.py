@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megalodon_plugin.files import write_json
 from megalodon_plugin.model import MegalodonConfig
 
 NAME = "model.json"
@@ -12,9 +13,7 @@ NAME = "model.json"
 
 def write_content(path: Path, config: MegalodonConfig, tokenizer: str | None) -> None:
     """Write the model's configuration and its tokenizer's name, whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps({"model": dataclasses.asdict(config), "tokenizer": tokenizer}, indent=2) + "\n")
-    unfinished.replace(path)
+    write_json({"model": dataclasses.asdict(config), "tokenizer": tokenizer}, path, indent=2)
 
 
 def read_model_json(checkpoint: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megalodon_plugin.files import write_json
+from megalodon_plugin.files import new_figure, write_figure, write_json
 from megalodon_plugin.model.inference.scoring import Score
 
 
@@ -34,14 +34,12 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 def draw(report: dict[str, Any], picture: Path) -> None:
     """Left: loss against the position in the window, a curve a context length. Right: loss against the length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     results = report["contexts"]
-    figure, (positions, lengths) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=[3, 2])
-    colors = plt.get_cmap("viridis")
+    figure = new_figure(13, 5)
+    positions, lengths = figure.subplots(1, 2, width_ratios=[3, 2])
+    colors = colormaps["viridis"]
     for i, result in enumerate(results):
         buckets = result["by_position"]
         centres = [math.sqrt(bucket["from"] * bucket["to"]) for bucket in buckets]
@@ -61,7 +59,4 @@ def draw(report: dict[str, Any], picture: Path) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(f"{report['checkpoint']} on {report['data']}: {report['tokens']:,} tokens")
     figure.tight_layout()
-    unfinished = picture.with_name(picture.name + ".unfinished")
-    figure.savefig(unfinished, dpi=120, format="png")
-    unfinished.replace(picture)
-    plt.close(figure)
+    write_figure(figure, picture, dpi=120)

@@ -16,11 +16,11 @@ from torch import Tensor
 from megalodon_plugin import __version__
 from megalodon_plugin.data.fingerprint import hash_of, tokenizer_probe
 from megalodon_plugin.data.stream import TextStream
+from megalodon_plugin.files import read_tensors, write_tensors
 from megalodon_plugin.model import Megalodon
 from megalodon_plugin.model.inference.norm_window import PIECE_CHUNKS
 from megalodon_plugin.model.inference.prefill import fingerprint
 from megalodon_plugin.model.inference.scoring import Score, score_from, score_tensors, score_text
-from megalodon_plugin.model.state import read_tensors, write_tensors
 
 from .evaluate_report import result_of, write_report
 
@@ -160,7 +160,7 @@ class Evaluation:
     def _save(self, kept: dict[str, Tensor], seconds: float) -> None:
         """Whole or not at all: what is there is replaced by one rename."""
         content = {"identity": self.identity, "results": self.results, "seconds": seconds}
-        write_tensors(self.progress, kept, {"progress": json.dumps(content)})
+        write_tensors(kept, self.progress, {"progress": json.dumps(content)})
 
     def _load(self) -> tuple[Score | None, float]:
         if self.options.restart or not self.progress.is_file():

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalodon_plugin.files import write_json
+from megalodon_plugin.files import new_figure, write_figure, write_json
 
 LOSS = {"train": "loss_metrics/global_avg_loss", "validation": "validation_metrics/loss"}
 
@@ -51,17 +51,13 @@ def plot_run(run: Path, levels: dict[str, float] | None = None) -> Path:
         run: the job's dump folder.
         levels: horizontal lines to compare with, label -> loss; by default those of an earlier picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     records = read_metrics(run)
     numbers_file = run / "loss.json"
     if levels is None:
         levels = json.loads(numbers_file.read_text())["levels"] if numbers_file.is_file() else {}
     curves = {kind: losses(records, kind) for kind in LOSS}
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
     axes.plot(*curves["train"], color="tab:blue", linewidth=1.2, label="training")
     if curves["validation"][0]:
         axes.plot(*curves["validation"], color="tab:red", marker="o", markersize=4, label="validation")
@@ -75,8 +71,7 @@ def plot_run(run: Path, levels: dict[str, float] | None = None) -> Path:
     axes.legend()
     figure.tight_layout()
     picture = run / "loss.png"
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    write_figure(figure, picture, dpi=120)
     numbers = {kind: [{"step": s, "loss": v} for s, v in zip(*curve, strict=True)] for kind, curve in curves.items()}
     write_json(numbers | {"levels": levels}, numbers_file)
     return picture

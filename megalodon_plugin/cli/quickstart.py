@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megalodon_plugin.files import write_text
+
 CONFIG = Path(__file__).resolve().parents[2] / "train_configs" / "quickstart.toml"
 PROMPT = "def read_lines(path):\n    "
 
@@ -50,7 +52,7 @@ def _run(arguments: list[str] | None) -> None:
     print(f"\nquickstart: a sample of {last}, from the prompt {PROMPT!r}:\n{'-' * 80}")
     sample = generate_from_checkpoint(last, PROMPT, max_new_tokens=600, temperature=0.7, seed=0, out=sys.stdout)
     print("-" * 80)
-    (run / "sample.txt").write_text(PROMPT + sample + "\n")
+    write_text(PROMPT + sample + "\n", run / "sample.txt")
     picture = plot_run(run, {f"byte {label}": value for label, value in levels.items()})
     compared = ", ".join(f"{label} {value:.3f}" for label, value in levels.items())
     print(f"quickstart: validation loss {values[-1]:.3f} nats a byte after {steps[-1]} steps (byte {compared})")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from megalodon_plugin.files import read_tensors, write_tensors
 from megalodon_plugin.ops import NormState
 from megalodon_plugin.ops.timestep_norm import empty_norm_state
 
@@ -83,7 +84,7 @@ class MegalodonState(NamedTuple):
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file; no half-written file is left under `path`."""
-        write_tensors(path, self.named())
+        write_tensors(self.named(), path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "MegalodonState":
@@ -119,35 +120,6 @@ class MegalodonState(NamedTuple):
             named |= {f"layers.{i}.norm.{field}": value for field, value in layer.norm._asdict().items()}
             named |= {f"layers.{i}.{field}": getattr(layer, field) for field in LayerState._fields[1:]}
         return named
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, metadata)
-    unfinished.replace(path)
-
-
-def read_tensors(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        ValueError: the file is missing or is no whole safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise ValueError(f"the state's file must exist, but {path} does not")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            # Cloned, for the file's tensors lie wherever its header ends: aligned to a number's size and no more.
-            names = file.keys()
-            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} does not hold the state of a Megalodon: {error}") from error
 
 
 def empty_layer_state(

@@ -109,7 +109,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path):
     path = tmp_path / "text"
     path.write_text("Call me Ishmael.")
-    with pytest.raises(ValueError, match=re.escape(f"{path} does not hold the state of a Megalodon")):
+    with pytest.raises(ValueError, match=re.escape(f"{path} must be a whole safetensors file, but: ")):
         MegalodonState.load(path)
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megalodon_plugin.files import new_figure, write_figure
+
 from ..environment import device_of
 from .results import PASSES, AccuracyRow, OpsResults, Pass, Shape, SpeedRow, elements, multiple, shape_of
 
@@ -114,24 +116,17 @@ def draw(results: OpsResults, path: Path) -> None:
     Raises:
         ValueError: the report holds no row of an op.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in results["rows"] if row["op"] != "layer"]
     if not rows:
         raise ValueError("`rows` must hold at least one row of an op, but there is none to draw")
-    figure, (bars, lines) = plt.subplots(2, 1, figsize=(11, 10))
+    figure = new_figure(11, 10)
+    bars, lines = figure.subplots(2, 1)
     _draw_multiples(bars, rows)
     _draw_sweep(lines, rows, results["copy_tb_s"])
     measured = f"commit {results['commit']}, {results['date'][:10]}"
     figure.suptitle(f"{device_of(results)}, torch {results['torch']}, {measured}")
     figure.tight_layout()
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, dpi=110, format="png")
-    plt.close(figure)
-    unfinished.replace(path)
+    write_figure(figure, path)
 
 
 def _draw_multiples(axes: Any, rows: list[SpeedRow]) -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from megalodon_plugin.files import new_figure, write_figure
+
 from .rows import Row
 
 HEADER = (
@@ -55,11 +57,6 @@ def draw(results: dict[str, Any], picture: Path) -> None:
 
     Bars of efficiencies where one or two numbers of GPUs make no lines, and for simulated steps.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in results["rows"] if "failed" not in row]
     present = [kind for kind in ("weak", "strong", "simulated") if any(row["scaling"] == kind for row in rows)]
     few = len({row["gpus"] for row in rows if row["scaling"] != "simulated"}) <= 2
@@ -72,7 +69,8 @@ def draw(results: dict[str, Any], picture: Path) -> None:
     as_bars = [kind for kind in present if few or kind == "simulated"]
     bars = max((sum(row["scaling"] == kind for row in rows) for kind in as_bars), default=0)
     size = (6.5 * len(columns) + (2 * len(as_bars) if bars else 0), max(5.2, 1.5 + 0.34 * bars))
-    figure, axes = plt.subplots(1, len(columns), figsize=size, squeeze=False)
+    figure = new_figure(*size)
+    axes = figure.subplots(1, len(columns), squeeze=False)
     for kind, axis in zip(columns, axes[0], strict=True):
         axis.set_title(titles[kind], fontsize=10)
         chosen = [row for row in rows if row["scaling"] == kind]
@@ -83,8 +81,7 @@ def draw(results: dict[str, Any], picture: Path) -> None:
     where = f"{results['device']}, torch {results['torch']}, {results['dtype']}"
     figure.suptitle(f"Layouts of several GPUs, {where}", fontsize=11)
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    write_figure(figure, picture)
 
 
 def _lines(axis: Any, rows: list[Row], number: str) -> None:
@@ -140,12 +137,8 @@ def _bars(axis: Any, rows: list[Row], kind: str) -> None:
 
 def draw_matrix(rows: list[Row], tolerance: float, steps: int, picture: Path) -> None:
     """A bar for each layout of the matrix: its deviation from one process."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.28 * len(rows) + 1.2), layout="constrained")
+    figure = new_figure(8, 0.28 * len(rows) + 1.2, layout="constrained")
+    axes = figure.subplots()
     axes.barh([row["layout"] for row in rows], [max(row["deviation"], 1e-9) for row in rows], color="tab:blue")
     axes.axvline(tolerance, color="tab:red", label="allowed")
     axes.set_xscale("log")
@@ -153,5 +146,4 @@ def draw_matrix(rows: list[Row], tolerance: float, steps: int, picture: Path) ->
     axes.invert_yaxis()
     axes.set_xlabel(f"loss and gradient norm: largest relative difference\nfrom one process, {steps} steps, float32")
     axes.legend(loc="upper right")
-    figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
+    write_figure(figure, picture, dpi=120)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from megalodon_plugin.files import new_figure, write_figure
+
 from ..environment import device_of
 from .results import TrainResults, TrainRow
 
@@ -41,13 +43,9 @@ def _number(value: float | None, form: str) -> str:
 
 def draw(results: TrainResults, picture: Path) -> None:
     """Tokens a second and memory against the length, a colour for each size, dashed for Llama."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in results["rows"] if "failed" not in row]
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(12, 4.8))
+    figure = new_figure(12, 4.8)
+    speed, memory = figure.subplots(1, 2)
     for i, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
         for model, style in (("megalodon", "o-"), ("llama", "s--")):
             chosen = [row for row in rows if (row["size"], row["model"]) == (size, model)]
@@ -67,5 +65,4 @@ def draw(results: TrainResults, picture: Path) -> None:
     how = "compiled" if results["compiled"] else "eager"
     figure.suptitle(f"A training step, {results['dtype']}, {how}, {device_of(results)}, torch {results['torch']}")
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    write_figure(figure, picture)

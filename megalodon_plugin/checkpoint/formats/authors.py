@@ -1,6 +1,5 @@
 """Folders of the authors' release: two JSON files, and consolidated.pth or its model-parallel shards."""
 
-import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalodon_plugin.files import write_json
 from megalodon_plugin.model import MegalodonConfig
 
 from ..model_json import config_from, read_json
@@ -93,9 +93,9 @@ def write_authors(
     for name, shard in zip(names, split(state_dict, shards), strict=True):
         torch.save(shard, folder / name)
     kind = {"model_parallel_size": shards, "dtype": str(dtype).removeprefix("torch.")}
-    (folder / "consolidate_config.json").write_text(json.dumps(kind, indent=2) + "\n")
+    write_json(kind, folder / "consolidate_config.json", indent=2)
     content = {"tokenizer": tokenizer, "model": theirs}
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(content, folder / "config.json", indent=2)
 
 
 def check_expressible(config: MegalodonConfig, shards: int) -> None:

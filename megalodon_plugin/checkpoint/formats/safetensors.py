@@ -1,7 +1,6 @@
 """Folders of safetensors files with a config.json, as Hugging Face's libraries and torchtitan lay them out."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalodon_plugin.files import read_tensors, write_json, write_tensors
 from megalodon_plugin.model import MegalodonConfig
 
 from ..model_json import config_from, read_json
@@ -45,8 +45,6 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: a file is missing, broken, or lacks a tensor that the index puts there.
     """
-    from safetensors import SafetensorError, safe_open
-
     weight_map: dict[str, str] | None = None
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX, "weight_map")["weight_map"]
@@ -60,13 +58,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
         path = folder / name
         if not path.is_file() or path.parent != folder:
             raise ValueError(f"{folder} must hold every file that {INDEX} names, but lacks {name}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                # Cloned, for the file's tensors lie wherever its header ends: aligned to a number's size and no more.
-                names = file.keys()
-                tensors |= {key: file.get_tensor(key).clone() for key in names}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} must be a whole safetensors file, but: {error}") from error
+        tensors |= read_tensors(path)[0]
     if weight_map is not None and (lost := sorted(weight_map.keys() - tensors.keys())):
         raise ValueError(f"{folder} must hold every tensor that {INDEX} names, but lacks {', '.join(lost[:5])}")
     return tensors
@@ -74,25 +66,23 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
 
 def write_safetensors(folder: Path, stored: Mapping[str, Tensor], max_shard_bytes: float) -> None:
     """Write files of at most that many bytes (a larger tensor has one to itself), and last the index."""
-    from safetensors.torch import save_file
-
     shards: list[dict[str, Tensor]] = [{}]
     held = 0
     for name, value in stored.items():
         if shards[-1] and held + value.nbytes > max_shard_bytes:
             shards.append({})
             held = 0
-        shards[-1][name] = value.contiguous()
+        shards[-1][name] = value
         held += value.nbytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         # The host reads the number of a shard from its name.
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, {"format": "pt"})
+        write_tensors(shard, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     total = sum(value.nbytes for value in stored.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(index, folder / INDEX, indent=2)
 
 
 def read_config(folder: Path) -> tuple[MegalodonConfig, str | None]:
@@ -118,4 +108,4 @@ def write_config(folder: Path, config: MegalodonConfig, tokenizer: str | None, d
         "tokenizer": tokenizer,
         **dataclasses.asdict(config),
     }
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(content, folder / "config.json", indent=2)

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalodon_plugin.files import read_tensors, write_tensors
+
 from ..model import Megalodon
-from ..state import MegalodonState, check_state, read_tensors, write_tensors
+from ..state import MegalodonState, check_state
 
 # Tokens that one call reads, over all rows: enough to fill a GPU, far less memory than the weights of a large model.
 PIECE_TOKENS = 16384
@@ -26,7 +28,8 @@ class Reading:
 
     def save(self, path: str | Path, model: Megalodon) -> None:
         """Write to a safetensors file, whole or not at all, with the mark of the model that it belongs to."""
-        write_tensors(path, {**self.state.tidied().named(), "logits": self.logits}, {"model": fingerprint(model)})
+        named = {**self.state.tidied().named(), "logits": self.logits}
+        write_tensors(named, path, {"model": fingerprint(model)})
 
     @classmethod
     def load(cls, path: str | Path, model: Megalodon) -> "Reading":
