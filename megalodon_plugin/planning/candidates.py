@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalodon_plugin.parallel.layout import DIMENSIONS, ONE_STAGE_A_RANK, Layout, refusal, reshards_after_forward
+from megalodon_plugin.parallel.layout import DIMENSIONS, ONE_STAGE_A_RANK, Layout, refusal
 
-from .job import Job, stages_of, work_of
+from .job import PlannedJob
 from .links import Links
-from .memory import Memory, Stage, Work, rank_memory
-from .traffic import Exchange, exchanges_of_step
+from .memory import Memory, Work
+from .traffic import Exchange
 
 GIB = 2**30
 RESERVE = 0.1
@@ -85,7 +85,7 @@ class Candidate:
         return self.memory.total <= (1 - RESERVE) * gib * GIB
 
 
-def layouts_of(gpus: int) -> Iterator[Layout]:
+def all_layouts(gpus: int) -> Iterator[Layout]:
     """Every way to write the number of GPUs as a product of the five degrees."""
 
     def products(rest: int, factors: int) -> Iterator[tuple[int, ...]]:
@@ -100,7 +100,7 @@ def layouts_of(gpus: int) -> Iterator[Layout]:
         yield Layout(*degrees)
 
 
-def candidates(job: Job, plan: PlanOptions) -> tuple[list[Candidate], str]:
+def candidates(job: PlannedJob, plan: PlanOptions) -> tuple[list[Candidate], str]:
     """The layouts that the rules allow, best first, and the reasons why others are not.
 
     The best loses the least time. Estimates do not tell apart what differs by less than a percent of the step, so
@@ -111,12 +111,12 @@ def candidates(job: Job, plan: PlanOptions) -> tuple[list[Candidate], str]:
     found: list[Candidate] = []
     reasons: dict[str, str] = {}
     facts = dataclasses.replace(facts_of(job.options, job.args.n_layers), gpus_per_node=plan.gpus_per_node)
-    for layout in layouts_of(plan.gpus):
+    for layout in all_layouts(plan.gpus):
         reason = refusal(layout, job.args, facts) or schedule_refusal(job, layout)
         if reason is not None:
             reasons.setdefault(reason.split(",")[0], reason)
             continue
-        found.append(estimate(job, layout, stages_of(job, layout.pp), plan.links, plan.tflops))
+        found.append(estimate(job, layout, plan.links, plan.tflops))
     found.sort(
         key=lambda c: (
             round(c.lost, 2),
@@ -127,7 +127,7 @@ def candidates(job: Job, plan: PlanOptions) -> tuple[list[Candidate], str]:
     return found, "; ".join(list(reasons.values())[:3])
 
 
-def schedule_refusal(job: Job, layout: Layout) -> str | None:
+def schedule_refusal(job: PlannedJob, layout: Layout) -> str | None:
     """Why a pipeline under the job's schedule cannot be estimated; None if it can."""
     schedule = job.options.parallelism.pipeline_parallel_schedule
     if layout.pp == 1 or schedule in ONE_STAGE_A_RANK:
@@ -138,16 +138,11 @@ def schedule_refusal(job: Job, layout: Layout) -> str | None:
     )
 
 
-def estimate(job: Job, layout: Layout, stages: list[Stage], links: Links, tflops: float) -> Candidate:
-    """A candidate for each of whose numbers the rank that has most of it stands."""
-    work, rows = work_of(job, layout)
-    policy = job.options.parallelism.fsdp_reshard_after_forward
-    reshard = reshards_after_forward(policy, layout.pp > 1)
-    config = job.args.config
-    memory = max(
-        (rank_memory(config, job.parameters, work, layout, stage, reshard) for stage in stages), key=lambda m: m.total
-    )
-    of_stages = [exchanges_of_step(config, job.parameters, work, layout, stage, reshard) for stage in stages]
+def estimate(job: PlannedJob, layout: Layout, links: Links, tflops: float) -> Candidate:
+    """A candidate; each of its numbers is that of the rank that has most of it."""
+    work, rows, stages = job.work(layout), job.rows(layout), job.stages(layout.pp)
+    memory = max((job.memory(layout, stage) for stage in stages), key=lambda m: m.total)
+    of_stages = [job.exchanges(layout, stage) for stage in stages]
 
     def by_dimension(exchanges: list[Exchange]) -> dict[str, float]:
         seconds = dict.fromkeys(DIMENSIONS, 0.0)

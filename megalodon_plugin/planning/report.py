@@ -9,11 +9,11 @@ from typing import Any
 from megalodon_plugin.parallel.layout import DIMENSIONS, Layout
 
 from .candidates import GIB, RESERVE, Candidate, PlanOptions, candidates
-from .job import Job, with_checkpointing
+from .job import PlannedJob
 from .traffic import Exchange
 
 
-def report(job: Job, found: list[Candidate], plan: PlanOptions, overrides: list[str]) -> str:
+def report(job: PlannedJob, found: list[Candidate], plan: PlanOptions, overrides: list[str]) -> str:
     """The table of the layouts that fit, best first, and the recommendation."""
     fitting = [c for c in found if c.fits(plan.memory)]
     parts = [_head(job, found, fitting, plan)]
@@ -25,7 +25,7 @@ def report(job: Job, found: list[Candidate], plan: PlanOptions, overrides: list[
     return "\n\n".join(parts)
 
 
-def advice(job: Job, found: list[Candidate], plan: PlanOptions) -> str:
+def advice(job: PlannedJob, found: list[Candidate], plan: PlanOptions) -> str:
     """What would make the job fit."""
     smallest = min(found, key=lambda c: c.memory.total)
     need = smallest.memory.total / (1 - RESERVE) / GIB
@@ -34,7 +34,7 @@ def advice(job: Job, found: list[Candidate], plan: PlanOptions) -> str:
         f"  GPUs with {need:.0f} GiB (now {plan.memory:g}), as {_name(smallest.layout)}: {_memory(smallest)}",
     ]
     if smallest.work.checkpointing != "full":
-        full = [c for c in candidates(with_checkpointing(job, "full"), plan)[0] if c.fits(plan.memory)]
+        full = [c for c in candidates(job.with_checkpointing("full"), plan)[0] if c.fits(plan.memory)]
         text = f"fits as {_name(full[0].layout)}" if full else "is not enough alone"
         lines.append(f'  activation_checkpoint.mode = "full" {text}')
     for factor in (2, 4, 8, 16):
@@ -50,7 +50,7 @@ def advice(job: Job, found: list[Candidate], plan: PlanOptions) -> str:
     return "\n".join(lines)
 
 
-def as_json(job: Job, found: list[Candidate], plan: PlanOptions) -> str:
+def as_json(job: PlannedJob, found: list[Candidate], plan: PlanOptions) -> str:
     """Every allowed layout with its memory, times and exchanges; bytes and seconds."""
     keys = ("gpus", "memory", "gpus_per_node", "node_gb_s", "network_gb_s", "latency_us", "tflops")
     content = {
@@ -80,11 +80,11 @@ def _candidate_json(c: Candidate, plan: PlanOptions) -> dict[str, Any]:
     }
 
 
-def _n_parameters(job: Job) -> int:
+def _n_parameters(job: PlannedJob) -> int:
     return sum(p.numel() for p in job.parameters)
 
 
-def _head(job: Job, found: list[Candidate], fitting: list[Candidate], plan: PlanOptions) -> str:
+def _head(job: PlannedJob, found: list[Candidate], fitting: list[Candidate], plan: PlanOptions) -> str:
     options = job.options
     checkpointing = options.activation_checkpoint.mode
     if checkpointing == "selective":

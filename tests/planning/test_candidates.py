@@ -15,7 +15,7 @@ from megalodon_plugin.cli.options import options_of
 from megalodon_plugin.cli.plan import add_plan
 from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.planning import candidates as plan
-from megalodon_plugin.planning.job import load_job, stages_of
+from megalodon_plugin.planning.job import load_job
 from megalodon_plugin.planning.memory import Stage
 
 from support.tiny_job import write_job
@@ -53,7 +53,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_all_products_of_five_degrees() -> None:
-    found = list(plan.layouts_of(12))
+    found = list(plan.all_layouts(12))
     assert len(found) == len(set(found)) == math.comb(6, 4) * 5  # of 2 x 2 and of 3, on five places
     assert all(layout.gpus == 12 for layout in found)
 
@@ -64,7 +64,7 @@ def test_the_rules_leave_what_the_adapter_takes(config: Path) -> None:
 
     job = load_job(config, None, [])
     allowed = {c.layout for c in planned(config, "--gpus", "8")}
-    for layout in plan.layouts_of(8):
+    for layout in plan.all_layouts(8):
         for key, degree in layout.options.items():
             setattr(job.options.parallelism, key.removeprefix("parallelism."), degree)
         assert job_rules.layout_of(job.options) == layout
@@ -102,12 +102,12 @@ def test_no_dropout_on_ranks_that_share_a_seed(config: Path) -> None:
 
 def test_stages_are_the_hosts() -> None:
     job = load_job(CONFIGS / "megalodon_7b.toml", None, ["--training.local_batch_size", "8"])
-    stages = stages_of(job, 4)
+    stages = job.stages(4)
     assert sum(stage.layers for stage in stages) == 32
     assert [stage.in_flight for stage in stages] == [4, 3, 2, 1]
     assert stages[0] == Stage(8, True, False, 4) and stages[3].last
     job.options.parallelism.pipeline_parallel_schedule = "GPipe"
-    assert {stage.in_flight for stage in stages_of(job, 4)} == {8}
+    assert {stage.in_flight for stage in job.stages(4)} == {8}
 
 
 def test_a_pipeline_of_few_microbatches_idles(config: Path) -> None:

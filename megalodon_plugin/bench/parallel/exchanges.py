@@ -5,9 +5,9 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalodon_plugin.parallel.layout import Layout, reshards_after_forward
-from megalodon_plugin.planning.job import job_of, stages_of, work_of
-from megalodon_plugin.planning.traffic import Exchange, exchanges_of_step
+from megalodon_plugin.parallel.layout import Layout
+from megalodon_plugin.planning.job import planned_job
+from megalodon_plugin.planning.traffic import Exchange
 
 Exchanged = dict[str, dict[str, list[float]]]
 """dimension -> kind -> [messages, bytes of all parts together (of an all-reduce the whole tensors)]"""
@@ -61,11 +61,8 @@ class ExchangeCounter(TorchDispatchMode):
 
 def exchanges_by_formula(options: Any, layout: Layout, stage: int) -> list[Exchange]:
     """What the formulas say of a rank in the `stage`-th stage under the host's configuration `options`."""
-    job = job_of(options)
-    work, _ = work_of(job, layout)
-    reshard = reshards_after_forward(options.parallelism.fsdp_reshard_after_forward, layout.pp > 1)
-    stages = stages_of(job, layout.pp)
-    exchanges = exchanges_of_step(job.args.config, job.parameters, work, layout, stages[stage], reshard)
+    job = planned_job(options)
+    exchanges = job.exchanges(layout, job.stages(layout.pp)[stage])
     return [exchange for exchange in exchanges if exchange.messages]
 
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from megalodon_plugin.planning.job import job_of, stages_of, work_of
+from megalodon_plugin.planning.job import planned_job
 from megalodon_plugin.planning.links import Links
 from megalodon_plugin.planning.step_time import simulate_step
-from megalodon_plugin.planning.traffic import exchanges_of_step
 from megalodon_plugin.titan.command_line import read_job
 
 from ..train.job import TrainingJob
@@ -22,10 +21,9 @@ def simulated_row(scenario: Scenario, job: TrainingJob, measured: Row, links: Li
     "work_seconds" is what was measured; "exposed" and "exchanged" are seconds by dimension.
     """
     options: Any = read_job(job.arguments(1, "unused"))
-    plan = job_of(options)
-    work, _ = work_of(plan, scenario.layout)
-    (stage,) = stages_of(plan, scenario.layout.pp)
-    exchanges = exchanges_of_step(plan.args.config, plan.parameters, work, scenario.layout, stage, reshard=True)
+    plan = planned_job(options)
+    (stage,) = plan.stages(scenario.layout.pp)
+    exchanges = plan.exchanges(scenario.layout, stage)
     step = simulate_step(measured["seconds"], FORWARD_SHARE[job.checkpointing], exchanges, links)
     slower = measured["seconds"] / step.seconds
     row = {name: value for name, value in measured.items() if name != "losses_and_norms"}
