@@ -29,7 +29,16 @@ from support.processes import processes, wait_for
 Rows = list[dict[str, Any]]
 ALL = ENTRIES | LOW_PRECISION
 ENTRIES_OF_TESTS = [
-    ("fsdp", "replicate", "tp", "pp", "cp, accumulated gradients", "tp, bfloat16", "pp, bfloat16"),
+    (
+        "fsdp",
+        "replicate",
+        "tp",
+        "pp",
+        "cp, accumulated gradients",
+        "tp, the preset debug",
+        "tp, bfloat16",
+        "pp, bfloat16",
+    ),
     ("fsdp, gathered in float8",),
     ("cp, compiled",),
     ("cp x tp", "cp x tp, float8"),
@@ -110,7 +119,7 @@ def test_a_difference_is_seen(entry: Entry, found: dict[str, Any], failure: str 
 
 
 def test_the_matrix_holds_every_pair_of_dimensions() -> None:
-    assert len(ENTRIES) == 33
+    assert len(ENTRIES) == 34
     assert {entry.layout.gpus for entry in ALL.values()} == {2, 4, 8}
     assert {str(entry.layout) for entry in ENTRIES.values()} >= {"fsdp 2 x cp 2", "replicate 2 x pp 2", "cp 4"}
     assert all(entry.single.layout == ONE_RANK for entry in ALL.values())

@@ -23,7 +23,7 @@ EVERY_OPTION: dict[str, Any] = {
     "vocab_size": 300,
     "dim": 48,
     "n_layers": 3,
-    "n_heads": 2,
+    "n_heads": 4,
     "z_dim": 24,
     "value_dim": 72,
     "ffn_dim": 80,

@@ -109,6 +109,7 @@ def _entries() -> dict[str, Entry]:
         "fsdp, tied": replace(fsdp, model=TIED),
         "tp, tied": replace(tp, model=TIED),
         "cp x tp, tied": replace(cp_tp, model=TIED),
+        "tp, the preset debug": replace(tp, model=PRESET),
     }
 
 
