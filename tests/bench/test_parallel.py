@@ -1,8 +1,6 @@
 """`megalodon bench parallel` without a GPU: its scenarios, its arithmetic, and small runs of its parts."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,7 @@ from megalodon_plugin.bench.parallel.scenarios import (
 from megalodon_plugin.cli.main import main
 from megalodon_plugin.parallel.layout import ONE_RANK, Layout
 
-from support.processes import HANG_S
-from support.tiny_job import environment
+from support.processes import run_python
 
 
 def test_default_layouts_fit_the_gpus_and_hold_every_dimension_alone() -> None:
@@ -191,15 +188,8 @@ def command(out: Path, *options: str) -> list[str]:
 def test_the_command_checks_layouts_against_one_process_and_the_formulas(tmp_path: Path) -> None:
     code = "from megalodon_plugin.cli.main import main; main()"
     options = command(tmp_path, "--gpus", "2", "--layouts", "cp 2", "--scaling", "none")
-    done = subprocess.run(
-        [sys.executable, "-c", code, *options],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    done = run_python("-c", code, *options)
+    assert done.returncode == 0, done.stdout[-3000:]
     results = json.loads((tmp_path / "parallel.json").read_text())
     assert (results["backend"], results["commit"], results["dtype"]) == ("gloo", "abc", "float32")
     alone, alone_low, shared, shared_low = results["checks"]

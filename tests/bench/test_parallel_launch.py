@@ -1,7 +1,6 @@
 """Ranks of `megalodon bench parallel`: processes that run tasks, and a rank alone."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,7 @@ from megalodon_plugin.bench.train.trainer import LEAST_STEPS
 from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.planning.links import Links
 
-from support.processes import HANG_S
-from support.tiny_job import environment
+from support.processes import HANG_S, run_python
 
 
 def small_job(name: str, rows: int = 8, **more: Any) -> TrainingJob:
@@ -38,9 +36,8 @@ def test_tasks_survive_their_file() -> None:
 
 def test_one_rank_alone_is_measured_and_its_links_simulated(tmp_path: Path) -> None:
     job = small_job("fsdp 4 x cp 2", rows=4, fake_ranks=True)
-    command = [sys.executable, *command_of_a_rank([Task(job, 4)], tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=HANG_S, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(*command_of_a_rank([Task(job, 4)], tmp_path))
+    assert done.returncode == 0, done.stdout[-3000:]
     measured = json.loads((tmp_path / "0.0.json").read_text())
     assert measured["tokens_per_s"] * measured["seconds"] == pytest.approx(4 * 128)  # of all eight ranks
     scenario = Scenario("simulated", "debug", "megalodon", job.layout, 4, 128, 1)
@@ -99,18 +96,12 @@ def test_after_a_simulated_rank_that_fails_the_next_one_begins_anew(tmp_path: Pa
 import dataclasses, json, sys
 from megalodon_plugin.bench.parallel.rank import Task, run_task
 first = Task.from_dict(json.loads(sys.argv[1]))
-print(run_task(dataclasses.replace(first, longest_step=1e-6))["failed"])
+print("answer:", run_task(dataclasses.replace(first, longest_step=1e-6))["failed"])
 other = dataclasses.replace(first.job, layout=dataclasses.replace(first.job.layout, cp=4))
-print(run_task(dataclasses.replace(first, job=other))["tokens_per_s"] > 0)
+print("answer:", run_task(dataclasses.replace(first, job=other))["tokens_per_s"] > 0)
 """
     task = json.dumps(Task(small_job("cp 2", rows=2, fake_ranks=True), 4).as_dict())
-    done = subprocess.run(
-        [sys.executable, "-c", code, task],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[-2:] == ["a step takes more than 1e-06 s", "True"]
+    done = run_python("-c", code, task)
+    assert done.returncode == 0, done.stdout[-3000:]
+    answers = [line for line in done.stdout.splitlines() if line.startswith("answer:")]
+    assert answers == ["answer: a step takes more than 1e-06 s", "answer: True"]

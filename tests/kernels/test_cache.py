@@ -1,6 +1,5 @@
 """Compiled kernels on disk: kept, keyed by all that decides them, never trusted unchecked, safe for many processes."""
 
-import multiprocessing
 import os
 import warnings
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from megalodon_plugin.kernels import cache, compiler
+
+from support.ranks import run_on_ranks
 
 KEY = "ab" * 32
 SOURCE = """#include "one.cuh"
@@ -146,9 +147,7 @@ def _make_slowly(log: str) -> bytes:
 
 def test_of_many_processes_one_makes_the_entry(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    # Not forked: this process may have threads.
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        assert set(pool.map(_make_slowly, [str(log)] * 8, chunksize=1)) == {b"code" * 1000}
+    assert set(run_on_ranks(4, _make_slowly, str(log))) == {b"code" * 1000}
     assert log.read_text() == "made\n"
 
 

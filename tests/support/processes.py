@@ -50,24 +50,24 @@ def processes(
 
     `environment` is theirs instead of this process's. On leaving, those that still run are killed.
     """
-    # As under torchrun, the ranks meet at a store of their parent's, on a port that is certainly free.
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     started: list[BaseProcess] = []
+    common: dict[str, str] = {
+        **(os.environ if environment is None else environment),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",  # a free one, which will do for one rank
+        # Two threads that share two cores with another process spend their time waiting for each other.
+        "OMP_NUM_THREADS": "1",
+    }
+    if ranks > 1:
+        # As under torchrun, the ranks meet at a store of their parent's, on a port that is certainly free.
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        common |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        common |= {"TORCHELASTIC_RESTART_COUNT": "0"}
     try:
-        for rank in range(ranks):
-            own = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": ranks,
-                "LOCAL_WORLD_SIZE": ranks,
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": store.port,
-                "TORCHELASTIC_USE_AGENT_STORE": True,
-                "TORCHELASTIC_RESTART_COUNT": 0,
-                # Two threads that share two cores with another process spend their time waiting for each other.
-                "OMP_NUM_THREADS": 1,
-            }
-            variables = {**(os.environ if environment is None else environment), **{k: str(v) for k, v in own.items()}}
+        for rank in map(str, range(ranks)):
+            variables = common | {"RANK": rank, "LOCAL_RANK": rank}
             started.append(_context().Process(target=_call, args=(variables, function, args)))
             started[-1].start()
         yield started

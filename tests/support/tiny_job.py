@@ -91,10 +91,13 @@ def train(config: Path, *options: str, processes: int = 1) -> subprocess.Complet
 def torchrun(
     config: Path, *options: str, processes: int = 1, module: str = "megalodon_plugin.cli.train"
 ) -> subprocess.CompletedProcess[str]:
-    """Run the job to its end as a user does, with new interpreters: for tests of how it starts."""
-    start = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module]
+    """Run the job to its end as a user does, with new interpreters: for tests of how it starts.
+
+    A single process does without torchrun.
+    """
+    start = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     return subprocess.run(
-        [sys.executable, "-m", *start, "--job.config_file", str(config), *options],
+        [sys.executable, "-m", *(start if processes > 1 else []), module, "--job.config_file", str(config), *options],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
