@@ -11,7 +11,6 @@ Three parts, each optional, in this order:
 What is checked or timed runs in processes of its own. After a failure the rest goes on in new ones.
 """
 
-import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -27,9 +26,9 @@ from megalodon_plugin.planning.links import Links
 from ..environment import environment
 from ..sizes import SIZES
 from ..train.job import TrainingJob
-from ..train.trainer import check_steps
 from .launch import ALLOCATOR, run_tasks
 from .matrix import SMALL_TOLERANCES, small_task
+from .options import ParallelOptions
 from .rank import Task, run_task
 from .report import check_line, draw, table
 from .rows import Row, add_ratios, check_against_single, comparison_key, logged, merged, reason_of
@@ -44,64 +43,54 @@ from .scenarios import (
 from .simulate import simulated_row
 
 
-def run_bench_parallel(known: argparse.Namespace) -> int:
+def run_bench_parallel(options: ParallelOptions) -> int:
     """Run the command; the exit status: 0, or 1 if a check failed.
 
     Raises:
         ValueError: an option is out of range.
     """
     on_gpu = torch.cuda.is_available()
-    gpus = known.gpus or (torch.cuda.device_count() if on_gpu else 2)
-    layouts = _checked_layouts(known, gpus, on_gpu)
+    gpus = options.gpus or (torch.cuda.device_count() if on_gpu else 2)
+    layouts = _checked_layouts(options, gpus, on_gpu)
     results: dict[str, Any] = {
         # Ranks report which GPU; this process takes no memory of it.
-        **environment("GPU" if on_gpu else "CPU", known.commit),
+        **environment("GPU" if on_gpu else "CPU", options.commit),
         "backend": "nccl" if on_gpu else "gloo",
         "gpus": gpus,
         "dtype": "bfloat16" if on_gpu else "float32",
-        "compiled": not known.eager,
-        "checkpointing": known.checkpointing,
+        "compiled": not options.eager,
+        "checkpointing": options.checkpointing,
         "checks": [],
         "rows": [],
-        "links": {"node_gb_s": known.node_gb_s, "network_gb_s": known.network_gb_s, "latency_us": known.latency_us},
+        "links": {
+            "node_gb_s": options.node_gb_s,
+            "network_gb_s": options.network_gb_s,
+            "latency_us": options.latency_us,
+        },
     }
-    known.out.mkdir(parents=True, exist_ok=True)
-    bench = ParallelBench(known, results, on_gpu)
+    options.out.mkdir(parents=True, exist_ok=True)
+    bench = ParallelBench(options, results, on_gpu)
     failed: set[str] = set()
-    if not known.no_checks:
+    if not options.no_checks:
         failed = bench.check(layouts)
     bench.time([layout for layout in layouts if str(layout) not in failed])
-    if known.simulate:
+    if options.simulate:
         bench.simulate()
     bench.write()
-    draw(results, known.out / "parallel.png")
+    draw(results, options.out / "parallel.png")
     print(table(results["rows"]))
-    print(known.out / "parallel.json", known.out / "parallel.png")
+    print(options.out / "parallel.json", options.out / "parallel.png")
     return 1 if failed else 0
 
 
-def _checked_layouts(known: argparse.Namespace, gpus: int, on_gpu: bool) -> list[Layout]:
+def _checked_layouts(options: ParallelOptions, gpus: int, on_gpu: bool) -> list[Layout]:
     """The layouts to run, one GPU first, which the others are compared with."""
-    for name in (
-        "gpus",
-        "tokens_per_gpu",
-        "tokens_per_step",
-        "lengths",
-        "seconds",
-        "longest_step",
-        "timeout",
-        "node_gb_s",
-        "network_gb_s",
-    ):
-        value = getattr(known, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {value}")
-    check_steps(known.steps)
+    options.check()
     if on_gpu and gpus > torch.cuda.device_count():
         raise ValueError(f"`--gpus` must be at most the {torch.cuda.device_count()} that are there, but is {gpus}")
-    if known.against and not on_gpu:
+    if options.against and not on_gpu:
         raise ValueError("`--against llama` needs GPUs: the host's context parallel attention has no CPU kernel")
-    named = [Layout.parse(text) for text in known.layouts] if known.layouts else default_layouts(gpus)
+    named = [Layout.parse(text) for text in options.layouts] if options.layouts else default_layouts(gpus)
     for layout in named:
         if layout.gpus > gpus:
             raise ValueError(f"`--layouts` must fit {gpus} GPUs, but {str(layout)!r} takes {layout.gpus}")
@@ -111,16 +100,16 @@ def _checked_layouts(known: argparse.Namespace, gpus: int, on_gpu: bool) -> list
 class ParallelBench:
     """The three parts; rows are added to `results`, which is written after each."""
 
-    def __init__(self, known: argparse.Namespace, results: dict[str, Any], on_gpu: bool):
-        self.known, self.results, self.on_gpu = known, results, on_gpu
-        self.log = known.out / "parallel.log"
+    def __init__(self, options: ParallelOptions, results: dict[str, Any], on_gpu: bool):
+        self.options, self.results, self.on_gpu = options, results, on_gpu
+        self.log = options.out / "parallel.log"
         self.log.unlink(missing_ok=True)
 
     def write(self) -> None:
         """Efficiencies of the rows so far, and all of it into parallel.json."""
         self.results["rows"].sort(key=comparison_key)
         add_ratios(self.results["rows"])
-        write_json(self.results, self.known.out / "parallel.json", allow_nan=False)
+        write_json(self.results, self.options.out / "parallel.json", allow_nan=False)
 
     def check(self, layouts: Sequence[Layout]) -> set[str]:
         """Names of the layouts that failed."""
@@ -147,13 +136,13 @@ class ParallelBench:
 
     def _run(self, scenarios: list[Any], tasks: list[Task]) -> Iterator[tuple[Any, list[Row]]]:
         """Each scenario with what the ranks found of its task."""
-        with closing(run_tasks(tasks, self.known.timeout, self.log)) as results:
+        with closing(run_tasks(tasks, self.options.timeout, self.log)) as results:
             yield from zip(scenarios, results, strict=True)
 
     def time(self, layouts: Sequence[Layout]) -> None:
         """Weak scaling for each number of tokens a GPU, strong scaling for each length."""
         groups: dict[tuple[Any, ...], list[Scenario]] = {}
-        for model in ("megalodon", "llama") if self.known.against else ("megalodon",):
+        for model in ("megalodon", "llama") if self.options.against else ("megalodon",):
             for layout in layouts:
                 # What the host does to attention for context parallelism stays in a process.
                 group = groups.setdefault((model, layout.gpus, layout.cp > 1), [])
@@ -169,31 +158,35 @@ class ParallelBench:
                 self._add(scenario, merged(ranks))
 
     def _scenarios(self, model: str, layout: Layout) -> Iterator[Scenario]:
-        known = self.known
-        for size in known.sizes:
-            if "weak" in known.scaling:
-                for tokens in known.tokens_per_gpu:
+        options = self.options
+        for size in options.sizes:
+            if "weak" in options.scaling:
+                for tokens in options.tokens_per_gpu:
                     yield weak(size, model, layout, tokens)
-            if "strong" in known.scaling:
-                for length in known.lengths:
-                    yield strong(size, model, layout, length, known.tokens_per_step, max(known.tokens_per_gpu))
+            if "strong" in options.scaling:
+                for length in options.lengths:
+                    yield strong(size, model, layout, length, options.tokens_per_step, max(options.tokens_per_gpu))
 
     def _task(self, scenario: Scenario) -> Task:
-        known = self.known
+        options = self.options
         trace = self.on_gpu and scenario.layout.gpus > 1
         return Task(
-            self._job(scenario), known.steps, trace=trace, most_seconds=known.seconds, longest_step=known.longest_step
+            self._job(scenario),
+            options.steps,
+            trace=trace,
+            most_seconds=options.seconds,
+            longest_step=options.longest_step,
         )
 
     def simulate(self) -> None:
         """This process computes rank 0's part of large layouts, one after the other."""
-        known = self.known
+        options = self.options
         os.environ.setdefault("PYTORCH_ALLOC_CONF", ALLOCATOR)
-        links = Links(8, known.node_gb_s, known.network_gb_s, known.latency_us)
-        for tokens in known.tokens_per_gpu:
-            for scenario in simulated_scenarios(known.sizes, known.simulate, tokens):
+        links = Links(8, options.node_gb_s, options.network_gb_s, options.latency_us)
+        for tokens in options.tokens_per_gpu:
+            for scenario in simulated_scenarios(options.sizes, options.simulate or (), tokens):
                 job = replace(self._job(scenario), fake_ranks=True, same_weights=False)
-                measured = run_task(Task(job, known.steps, most_seconds=known.seconds))
+                measured = run_task(Task(job, options.steps, most_seconds=options.seconds))
                 self._know_device(measured)
                 if "seconds" in measured:
                     measured = simulated_row(scenario, job, measured, links)
@@ -205,8 +198,8 @@ class ParallelBench:
             tuple(SIZES[scenario.size].options(scenario.model).items()),
             scenario.local_rows,
             scenario.length,
-            self.known.checkpointing,
-            compiled=not self.known.eager,
+            self.options.checkpointing,
+            compiled=not self.options.eager,
             low_precision=self.on_gpu,
             layout=scenario.layout,
             rows=scenario.rows,
