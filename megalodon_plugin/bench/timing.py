@@ -1,4 +1,4 @@
-"""Times, memory and ceilings on one GPU. Every function also runs on a CPU, where its numbers mean little."""
+"""Times, memory and attainable rates of one GPU. Every function also runs on a CPU, where its numbers mean little."""
 
 import contextlib
 import gc
@@ -33,7 +33,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def median_ms(call: Call, device: torch.device, seconds: float = 0.4, most: int = 100) -> float:
-    """Median time of a call among calls in a row, from the end of one to the end of the next, warmed up."""
+    """Median time of a call among calls in a row, from the end of one to the end of the next, after a warm-up."""
     for i in range(3):
         call(i)
     synchronize(device)
@@ -58,9 +58,9 @@ def median_ms(call: Call, device: torch.device, seconds: float = 0.4, most: int 
 
 
 def graph_ms(call: Call, device: torch.device, sets: int, seconds: float = 0.4) -> float:
-    """As `median_ms`, of calls that follow each other inside a CUDA graph: without what the CPU does for each.
+    """As `median_ms`, of calls that follow each other inside a CUDA graph: without the CPU time of each call.
 
-    One graph holds several rounds through the `sets` of inputs, so that what starts a graph is shared by many calls.
+    One graph holds several rounds through the `sets` of inputs, so that many calls share the cost of starting it.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -78,7 +78,7 @@ def graph_ms(call: Call, device: torch.device, sets: int, seconds: float = 0.4) 
 
 
 def input_sets(activation_bytes: int, device: torch.device) -> int:
-    """How many sets of inputs to take in turn, so that none is still in the L2 cache when its turn comes again."""
+    """Sets of inputs to use in turn, so that none is still in the L2 cache when it is used again."""
     if device.type != "cuda":
         return 1
     wanted = 2 * torch.cuda.get_device_properties(device).L2_cache_size

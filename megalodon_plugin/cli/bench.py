@@ -1,9 +1,9 @@
-"""`megalodon bench`: the ops on the GPU that is there, in units of the time to move their tensors once; long texts.
+"""`megalodon bench`: measurements on the GPUs of this machine.
 
-`bench ops` checks every implementation against float64 and refuses to time what is wrong, measures the ceilings in the
-same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws ops.png again from ops.json.
-`bench generate` reads and writes long texts; `bench train` takes whole training steps, beside the host's Llama;
-`bench parallel` does so under layouts of several GPUs.
+`bench ops` checks every implementation against float64 and refuses to time what is wrong, measures the rates of a copy
+and of a matrix product in the same run, times the shapes, and writes ops.json and ops.png. `bench plot` draws ops.png
+again from ops.json. `bench generate` reads prompts and decodes; `bench train` runs whole training steps, beside those
+of the host's Llama; `bench parallel` does so under layouts of several GPUs.
 """
 
 import argparse
@@ -24,18 +24,26 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     ops = benches.add_parser(
         "ops",
         help="check and time CEMA and TimestepNorm",
-        description="Check CEMA and TimestepNorm against float64, then time them beside what plain torch offers. "
-        "Needs a CUDA GPU. Writes ops.json and ops.png.",
+        description="Check CEMA and TimestepNorm against float64, then time them beside implementations in plain "
+        "torch. Needs a CUDA GPU. Writes ops.json and ops.png.",
     )
     ops.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder for the results (outputs/bench)")
     ops.add_argument("--only", choices=OPS, help="one op")
     ops.add_argument("--quick", action="store_true", help="only the kernels, fewer lengths, shorter measurements")
-    ops.add_argument("--shapes", type=parse_shape, nargs="+", metavar="BxLxD", help="these shapes and no sweep")
+    ops.add_argument(
+        "--shapes",
+        type=parse_shape,
+        nargs="+",
+        metavar="BxLxD",
+        help="only these shapes, without the sweep over lengths",
+    )
     ops.add_argument("--layer", action="store_true", help="also a whole layer of the paper's 7B model")
     ops.add_argument("--profile", action="store_true", help="also print the time of each GPU kernel")
-    ops.add_argument("--accuracy-only", action="store_true", help="check, print the table, write it, time nothing")
+    ops.add_argument(
+        "--accuracy-only", action="store_true", help="check accuracy and write accuracy.json, without timing"
+    )
     ops.add_argument("--golden", type=Path, help="a folder of golden vectors to check with as well")
-    ops.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
+    ops.add_argument("--commit", help="commit to record in the results (default: from git)")
     _add_generate(benches)
     _add_train(benches)
     _add_parallel(benches)
@@ -47,21 +55,21 @@ def _add_generate(benches: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the command to those of `megalodon bench`."""
     parser = benches.add_parser(
         "generate",
-        help="measure reading and writing of long texts",
-        description="Tokens a second and memory of reading prompts and of decoding after them. Writes generate.json "
-        "and generate.png.",
+        help="measure reading of long prompts and decoding",
+        description="Measure tokens a second and memory while prompts are read and while tokens are decoded after "
+        "them. Writes generate.json and generate.png.",
     )
     parser.add_argument("--flavor", default="released_200M", help="a preset (released_200M)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[8192, 65536, 524288, 1048576], help="tokens of the prompts"
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows that decode side by side")
-    parser.add_argument("--steps", type=int, default=256, help="tokens that each row decodes")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows that are decoded together")
+    parser.add_argument("--steps", type=int, default=256, help="tokens to decode for each row (256)")
     parser.add_argument("--against", choices=["llama"], help="also torchtitan's Llama of equal size")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (outputs/bench)"
     )
-    parser.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
+    parser.add_argument("--commit", help="commit to record in the results (default: from git)")
 
 
 def _add_train(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -69,19 +77,24 @@ def _add_train(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = benches.add_parser(
         "train",
         help="measure training steps",
-        description="Tokens a second, memory and MFU of training steps in the host. Writes train.json and train.png.",
+        description="Measure tokens a second, memory and MFU of training steps in torchtitan. Writes train.json and "
+        "train.png.",
     )
-    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=["200M"], help="models; 7B-width has 4 layers")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768], help="tokens of a row")
-    parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step; longer rows come one a step")
+    parser.add_argument(
+        "--sizes", choices=SIZES, nargs="+", default=["200M"], help="models (200M); 7B-width is four layers of 7B"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768], help="tokens a row")
+    parser.add_argument(
+        "--tokens", type=int, default=32768, help="tokens a step (32768); a longer row is a step by itself"
+    )
     parser.add_argument("--against", choices=["llama"], help="also torchtitan's Llama of equal size")
     parser.add_argument("--steps", type=int, default=10, help="steps; the first three are not counted (10)")
     parser.add_argument("--checkpointing", choices=["selective", "full", "none"], default="selective")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--profile", action="store_true", help="also where the time of a step on the GPU goes")
-    parser.add_argument("--longest-step", type=float, default=30.0, help="leave out slower steps, seconds (30)")
+    parser.add_argument("--profile", action="store_true", help="also the time of a step on the GPU by kind of kernel")
+    parser.add_argument("--longest-step", type=float, default=30.0, help="give up jobs with slower steps, seconds (30)")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder of the results (outputs/bench)")
-    parser.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
+    parser.add_argument("--commit", help="commit to record in the results (default: from git)")
 
 
 def _add_parallel(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -20,7 +20,7 @@ class Links:
     def seconds(self, exchange: "Exchange") -> float:
         """Time of one message if nothing else uses the links.
 
-        A group that spans nodes has `here` of its ranks in each, every one with a network link of its own.
+        A group that spans nodes has `here` of its ranks in each node, and each rank has its own network link.
         """
         ranks, part = exchange.ranks, exchange.part
         here = min(ranks, max(1, self.gpus_per_node // exchange.stride))

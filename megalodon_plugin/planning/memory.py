@@ -2,7 +2,7 @@
 
 What autograd keeps is counted op by op as the model's code has it run eagerly, in the letters B, L, D, V, Z, H, N, F, G
 of the configuration; `tests/planning/test_memory.py` holds the counts against what torch keeps. torch.compile keeps
-at most as much, for it computes again what is cheap.
+at most as much, for it recomputes what is cheap.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ class Work:
     microbatches: int = 1
     """Of one backward pass of a pipeline; 1 without a pipeline."""
     accumulation: int = 1
-    """Such passes in a step."""
+    """Backward passes in a step."""
     low_bytes: int = 2
     """Bytes of `training.mixed_precision_param`."""
     checkpointing: str = "none"
-    """"none", "full", "op" (selective by op), or a number: every so manieth layer in full."""
+    """"none", "full", "op" (selective by op), or a number n: every n-th layer in full."""
     loss_parallel: bool = True
     compiled_loss: bool = True
     compiled: bool = False
@@ -89,7 +89,7 @@ class Memory:
     gradients: int
     moments: int
     gathered: int
-    """Weights and gradients of the layers at work, unsharded, in the low dtype."""
+    """Unsharded weights and gradients of the layers being computed, in the low dtype."""
     saved: int
     """What forward passes keep for backward passes."""
     at_work: int
@@ -101,7 +101,7 @@ class Memory:
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
-    """Every parameter of a Megalodon, a shared one once; the meta device will do."""
+    """Every parameter of a Megalodon, a shared one once; the model may be on the meta device."""
     modules = dict(model.named_modules())
     root_plan = TIED_ROOT_PLAN if model.cfg.tie_embedding else ROOT_PLAN  # type: ignore[union-attr]
     found = []
@@ -178,7 +178,7 @@ def _kept_states(cfg: MegalodonConfig, work: Work, layout: Layout, activation: i
 
 
 def saved_by_layers(cfg: MegalodonConfig, work: Work, layout: Layout, layers: int) -> int:
-    """Bytes kept of one forward pass of so many layers."""
+    """Bytes kept of one forward pass of `layers` layers."""
     if work.checkpointing.isdigit():
         full = layers // int(work.checkpointing)
         of_full, of_none = (saved_by_layer(cfg, work, layout, mode) for mode in ("full", "none"))
@@ -205,10 +205,10 @@ def loss_bytes(cfg: MegalodonConfig, work: Work, layout: Layout) -> int:
 
 
 def layer_backward_bytes(cfg: MegalodonConfig, work: Work, layout: Layout) -> int:
-    """Bytes of one layer's backward pass: what is computed again, and the gradients at its widest place.
+    """Bytes of one layer's backward pass: what is recomputed, and the gradients at its widest place.
 
     Those are taken to be three of the widest activation's size and one of the residual stream's. A compiled layer
-    computes again what selection by op would keep, and for a while TimestepNorm, CEMA and the values.
+    recomputes what selection by op would keep, and for a while TimestepNorm, CEMA and the values.
     """
     a, tokens = work.low_bytes, work.rows * work.length // layout.cp
     mode = "full" if work.checkpointing.isdigit() else work.checkpointing
@@ -225,8 +225,8 @@ def layer_backward_bytes(cfg: MegalodonConfig, work: Work, layout: Layout) -> in
 def gathered_bytes(parameters: list[Parameter], work: Work, layout: Layout, reshard: bool) -> int:
     """Bytes of unsharded weights and gradients on a rank that holds these parameters.
 
-    With `reshard` two layers' weights (one at work, one on its way) and one layer's gradients, in the low dtype and as
-    the float32 numbers that are reduced. Without it all layers' weights, and the gradients of all layers if several
+    With `reshard` two layers' weights (one in use, one being gathered) and one layer's gradients, in the low dtype and
+    as the float32 numbers that are reduced. Without it all layers' weights, and the gradients of all layers if several
     microbatches add up before they are reduced. The output layer's weight and the float32 group stay in any case.
     """
     tp, low = layout.tp, work.low_bytes

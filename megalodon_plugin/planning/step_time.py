@@ -1,13 +1,13 @@
 """The time of a step on many GPUs, from the measured time of one rank's own work and the speed of links.
 
-    step = the rank's work, measured + what of its exchanges does not hide behind that work
+    step = the rank's measured work + the part of its exchanges that does not overlap with it
 
-The work is a share of forward pass and the rest of backward pass, spread evenly over the layers. FSDP's exchanges run
-beside it: the first gather of each kind of weights and the last reduce-scatter have nothing to hide behind, the others
-wait for each other on the link and lengthen a pass only where they take longer than it. HSDP's sums join the backward
-pass. Exchanges of chunk and tensor parallelism are all waited for, though CEMA's forward one in fact hides behind the
-projection of the values. Ranks are taken to be equally fast; that collectives take multiprocessors and memory from the
-computation is left out.
+A share of the work is the forward pass, the rest the backward pass, both spread evenly over the layers. FSDP's
+exchanges overlap with it: the first gather of each kind of weights and the last reduce-scatter have nothing to overlap
+with, the others follow each other on the link and lengthen a pass only if they take longer than it. HSDP's sums join
+the backward pass. Exchanges of chunk and tensor parallelism are all waited for, though CEMA's forward one in fact
+overlaps with the projection of the values. All ranks are assumed to be equally fast. That collectives take
+multiprocessors and memory from the computation is not counted.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ class SimulatedStep:
     seconds: float
     exposed: dict[str, float]
     exchanged: dict[str, float]
-    """If nothing hid."""
+    """If nothing overlapped."""
 
 
 def simulate_step(work: float, forward_share: float, exchanges: Iterable[Exchange], links: Links) -> SimulatedStep:
@@ -35,7 +35,7 @@ def simulate_step(work: float, forward_share: float, exchanges: Iterable[Exchang
     """
     if not 0 < forward_share < 1:
         raise ValueError(f"`forward_share` must lie between 0 and 1, but is {forward_share}")
-    beside = {"forward": 0.0, "backward": 0.0}  # hides as far as the pass is long enough
+    beside = {"forward": 0.0, "backward": 0.0}  # overlaps with the pass, as far as that is long enough
     exposed: dict[str, float] = {}
     exchanged: dict[str, float] = {}
     for exchange in exchanges:

@@ -27,7 +27,7 @@ class Exchange:
     part: int
     """Bytes; of an all-reduce the P-th part of the tensor."""
     forward: int
-    """Messages of one layer (or of what is no layer) in one forward pass, without what is computed again."""
+    """Messages of one layer (or of what is no layer) in one forward pass, without what is recomputed."""
     backward: int
     """The same in one backward pass."""
     layers: int
@@ -59,7 +59,7 @@ def exchanges_of_step(
 
 
 def _again(work: Work) -> float:
-    """Share of layers whose forward pass is run again in the backward pass."""
+    """Share of layers whose forward pass is recomputed in the backward pass."""
     if work.checkpointing.isdigit():
         return 1 / int(work.checkpointing)
     return 1.0 if work.checkpointing == "full" else 0.0
@@ -69,7 +69,7 @@ def _fsdp(own: list[Parameter], work: Work, layout: Layout, stage: Stage, reshar
     tp, shards, low = layout.tp, layout.shards, work.low_bytes
     matrices = [p for p in own if not p.is_small]
     layer = sum(p.numel(tp, shards) for p in matrices if p.name.startswith("layers.0."))
-    # An untied embedding is a group of its own; the output layer's weights, and tied ones, are gathered once.
+    # An untied embedding is its own group; the output layer's weights, and tied ones, are gathered once.
     tied = not any(p.name.startswith("output.") for p in matrices)
     embedding = sum(p.numel(tp, shards) for p in matrices if p.name.startswith("tok_embeddings."))
     output = sum(p.numel(tp, shards) for p in matrices if p.name.startswith("output."))

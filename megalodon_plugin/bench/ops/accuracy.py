@@ -1,4 +1,4 @@
-"""How far an implementation strays from float64, in units of what nobody can avoid.
+"""The error of an implementation against float64, in units of the error that cannot be avoided.
 
 With ||.|| the Euclidean norm over all numbers, the error of a result is ||result - truth|| / ||truth||. The truth is
 the PyTorch path in float64 on the same inputs, activations already rounded to their dtype. The unit is
@@ -22,7 +22,7 @@ from .results import AccuracyRow
 
 LIMITS = {torch.bfloat16: 1.5, torch.float32: 2.0}
 FLOOR = 1e-7
-"""An error that float32 cannot be asked to stay below: about its rounding, 2^-24 = 6e-8."""
+"""Errors below it count as this one: about the rounding of float32, 2^-24 = 6e-8."""
 
 
 class Case(NamedTuple):
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     op: str
     name: str
     problems: Sequence[Callable[[], Problem]]
-    """Made when they are needed, one at a time: some are large."""
+    """Made one at a time, when they are needed: some are large."""
 
 
 def relative_errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -110,7 +110,7 @@ def judge(
 
 
 def accuracy_row(row: AccuracyRow) -> str:
-    """A row of `judge` in words."""
+    """A row of `judge` as a sentence."""
     return (
         f"{row['op']} {row['case']}, {row['dtype']}, {row['quantity']}: error {row['error']:.3g} is {row['ratio']:.3g} "
         f"units of {row['unit']:.3g}, and at most {row['limit']:g} are allowed"

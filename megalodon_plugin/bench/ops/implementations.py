@@ -18,7 +18,7 @@ Function = Callable[..., Tensor]
 
 
 class Implementation(NamedTuple):
-    """A function (x, *parameters) -> y, and the mode that the ops run in meanwhile."""
+    """A function (x, *parameters) -> y, and the mode that the ops run in during it (`ops.dispatch.use_kernels`)."""
 
     function: Function
     mode: str
@@ -50,7 +50,7 @@ def implementation(op: str, impl: str, dim: int) -> Implementation:
 
 
 def _compiled(function: Function) -> Function:
-    torch._dynamo.reset()  # each shape is compiled for itself, as often as it comes
+    torch._dynamo.reset()  # each shape is compiled separately, every time
     return torch.compile(function, dynamic=False)
 
 
@@ -65,7 +65,7 @@ def _timestep_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tens
 def cema_fft(x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, omega: Tensor) -> Tensor:
     """CEMA as a convolution of every channel with k_l = Re sum_n p g q^l, by FFT, in float32.
 
-    x (B, L, D) -> y (B, L, D), input coefficient as released. What one would write in torch without thinking of blocks.
+    x (B, L, D) -> y (B, L, D), input coefficient as released. The direct way to write it in torch.
     """
     length, dim = x.shape[1:]
     order = alpha.shape[1]
@@ -99,7 +99,7 @@ def _kernel(log_decay: Tensor, angle: Tensor, p_g: Tensor, steps: Tensor) -> Ten
 
 
 def timestep_norm_plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
-    """TimestepNorm with cumulative sums in float32, measured from the first step's mean: what a compiler gets to fuse.
+    """TimestepNorm with cumulative sums in float32, relative to the first step's mean, as given to the compiler.
 
     x (B, L, D) -> y (B, L, D), from count 0.
     """
@@ -115,5 +115,5 @@ def timestep_norm_plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, ep
 
 
 def _sums_over_time(x: Tensor) -> Tensor:
-    """Cumulative sums of (B, L, G) over L, which stands last meanwhile: compilers make a better scan of it there."""
+    """Cumulative sums of (B, L, G) over L, moved to the last dimension, where compilers make a better scan of it."""
     return x.transpose(1, 2).contiguous().cumsum(-1).transpose(1, 2)

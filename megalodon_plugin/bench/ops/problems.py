@@ -1,4 +1,4 @@
-"""Seeded inputs of CEMA and TimestepNorm, and what an implementation makes of them: outputs and every gradient."""
+"""Seeded inputs of CEMA and TimestepNorm, and the outputs and gradients of an implementation on them."""
 
 import math
 from collections.abc import Callable
@@ -16,13 +16,13 @@ Call = Callable[..., dict[str, Tensor]]
 
 
 class Problem(NamedTuple):
-    """One call of an op with all that its result and its gradients depend on."""
+    """One call of an op: all that its outputs and gradients depend on."""
 
     op: str
     arguments: dict[str, Tensor]
-    """What has a gradient, by name: "x" (B, L, D) in the activations' dtype, the rest in float32."""
+    """Those that get a gradient, by name: "x" (B, L, D) in the activations' dtype, the rest in float32."""
     options: dict[str, Any]
-    """What has none."""
+    """Those that get none."""
     weights: dict[str, Tensor]
     """Gradients of the outputs by name: "y" in the activations' dtype, states in float32."""
 

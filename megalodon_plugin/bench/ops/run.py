@@ -27,7 +27,7 @@ MAIN_SHAPES = ((8, 4096, 1024), (8, 4096, 4096), (1, 32768, 4096))
 QUICK_LENGTHS = (256, 65536, 1048576)
 REFERENCES = {"cema": ("torch", "compiled", "fft"), "timestep_norm": ("torch", "compiled")}
 REFERENCE_LIMIT = 2.0
-"""Units of error of what is only compared with: it must compute the op, not meet our limits."""
+"""Units of error of a reference: it must compute the op, not meet the kernels' limits."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Bench:
         self.started = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line of progress at once."""
+        """Print a line of progress, unbuffered."""
         print(f"[{time.monotonic() - self.started:6.1f} s] {text}", flush=True)
 
     def run(self) -> None:
         """Everything; files are written as soon as they have content.
 
         Raises:
-            SystemExit: the kernels are wrong somewhere; nothing is timed then.
+            SystemExit: a result of the kernels is wrong; nothing is timed.
         """
         self.options.out.mkdir(parents=True, exist_ok=True)
         references = self.check()
@@ -109,7 +109,7 @@ class Bench:
         """Judge the kernels on every case and the references on one; the references of each op that may be timed.
 
         Raises:
-            SystemExit: a result of the kernels strays further than it may.
+            SystemExit: a result of the kernels has a larger error than is allowed.
         """
         rows = self.results["accuracy"]
         for op in self.ops:
@@ -137,7 +137,7 @@ class Bench:
         return {op: [impl for impl in REFERENCES[op] if self.reference_is_right(op, impl)] for op in self.ops}
 
     def reference_is_right(self, op: str, impl: str) -> bool:
-        """Whether a reference computes the op, said aloud where it does not."""
+        """Whether a reference computes the op; why not is printed."""
         dim, length = (256, 1025) if not self.small else (8, 33)
         shape = (2, length, dim)
         try:
@@ -165,7 +165,7 @@ class Bench:
     # Speed
 
     def ceilings(self) -> None:
-        """What a copy and a matrix product reach on this device, now."""
+        """Rates of a copy and of a matrix product on this device, measured in the same run."""
         numbers, width = (2**30, 8192) if not self.small else (2**16, 64)
         numbers = min(numbers, free_memory(self.device) // 8)
         self.results["copy_tb_s"] = copy_rate(self.device, numbers)
@@ -186,7 +186,7 @@ class Bench:
         return list(dict.fromkeys(wanted))
 
     def time_ops(self, references: dict[str, list[str]]) -> None:
-        """A row for each entry of the plan; what does not fit into memory is skipped aloud."""
+        """A row for each entry of the plan; what does not fit into memory is skipped, and the skip printed."""
         for op, impl, shape, dtype in self.plan(references):
             label = f"{op}, {impl}, {shape}, {dtype}"
             itemsize = DTYPES[dtype].itemsize
@@ -269,7 +269,7 @@ class Bench:
             self.results["rows"] += rows
 
     def cpu_times(self) -> None:
-        """What an eager call costs the CPU, at a shape that keeps the GPU idle, beside an op that does nothing."""
+        """CPU time of an eager call, at a shape that keeps the GPU idle, beside that of an op that does nothing."""
         shape = (1, 64, 64) if not self.small else (1, 8, 8)
         found: dict[str, CpuTimes] = {}
         calls, rounds, profiled = (100, 9, 10) if not self.small else (1, 3, 1)
@@ -325,7 +325,7 @@ class Bench:
                         )
 
     def show(self) -> None:
-        """The table, and how flat the sweep is."""
+        """Print the table, and how flat the sweep is."""
         print(speed_table(self.results["rows"]))
         for op in self.ops:
             for which in PASSES:

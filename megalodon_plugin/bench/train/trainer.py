@@ -19,13 +19,13 @@ from torchtitan.components.dataloader import BaseDataLoader
 from megalodon_plugin.titan.trainer import MegalodonTrainer
 
 UNCOUNTED = 3
-"""Steps: one compiles, one is the first without that, one tells how long a step takes."""
+"""Steps: one compiles, one is the first without compilation, one shows how long a step takes."""
 LEAST_STEPS = 3
-"""That are counted, however long they take."""
+"""Steps that are counted, however long they take."""
 
 
 def check_steps(steps: int) -> None:
-    """Raise ValueError unless so many steps leave one to count."""
+    """Raise ValueError unless at least one of `steps` is counted."""
     if steps <= UNCOUNTED:
         raise ValueError(f"`--steps` must be more than the {UNCOUNTED} that are not counted, but is {steps}")
 
@@ -33,7 +33,7 @@ def check_steps(steps: int) -> None:
 class RandomTokens(BaseDataLoader):
     """The same rows of random tokens at every step, shared by the data parallel ranks in their order.
 
-    The time of reading text is left out.
+    Reading text takes no part in the times.
     """
 
     def __init__(self, job_config: Any, dp_rank: int, dp_world_size: int, vocabulary: int, **_: Any):
@@ -67,12 +67,12 @@ def _copy_part(own: Tensor, whole: Tensor) -> None:
 
 
 class TooSlow(Exception):
-    """A step took longer than it may."""
+    """A step took longer than is allowed."""
 
 
 class TimedTrainer(MegalodonTrainer):
-    """Takes the time of each step after the first UNCOUNTED ones, on the GPU's own clock. As in a run, nothing waits at
-    a step's end but what the host itself makes wait. Memory is counted from the last uncounted step on.
+    """Times each step after the first UNCOUNTED ones on the GPU's clock. As in a run, the end of a step waits only for
+    what the host itself waits for. Memory is measured from the last uncounted step on.
 
     Makes fewer steps where `most_seconds` are over sooner.
 
@@ -107,7 +107,7 @@ class TimedTrainer(MegalodonTrainer):
 
     @property
     def losses_and_norms(self) -> list[tuple[float, float]]:
-        """Of the logged steps, over all ranks."""
+        """Of each logged step, over all ranks."""
         steps = [record for record in self.records if "grad_norm" in record]
         return [(record["loss_metrics/global_avg_loss"], record["grad_norm"]) for record in steps]
 
@@ -117,7 +117,7 @@ class TimedTrainer(MegalodonTrainer):
             parameter.grad.zero_()
 
     def _take_same_weights(self) -> None:
-        """This rank's part of the model that one process on this kind of device would make."""
+        """This rank's part of the weights that a single process on this kind of device would draw."""
         torch.manual_seed(0)
         with torch.device("meta"):
             whole: Any = self.train_spec.model_cls(self.model_args)
