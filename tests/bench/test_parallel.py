@@ -59,7 +59,7 @@ def test_strong_scaling_accumulates_what_a_gpu_cannot_take_at_once(name: str, lo
     assert (scenario.rows, scenario.length, scenario.local_rows) == (8, 50, local)
 
 
-def test_what_is_not_timed_is_told() -> None:
+def test_what_is_not_timed_says_why() -> None:
     def reason(name: str, length: int, model: str = "megalodon", mixed_precision: bool = True) -> str | None:
         scenario = strong("7B-width", model, Layout.parse(name), length * 4096, 8 * 4096, 2 * 4096)
         return refusal_of(scenario, mixed_precision)
@@ -91,7 +91,7 @@ def test_what_is_not_timed_is_told() -> None:
         ),
     ],
 )
-def test_what_a_models_sizes_do_not_allow_is_told(size: str, model: str, name: str, reason: str | None) -> None:
+def test_what_a_models_sizes_do_not_allow_is_refused(size: str, model: str, name: str, reason: str | None) -> None:
     layout = Layout.parse(name)
     found = refusal_of(strong(size, model, layout, 32768, 262144, 32768), mixed_precision=False)
     assert found is None if reason is None else reason in str(found)
@@ -144,7 +144,7 @@ def test_a_run_that_has_learnt_nothing_is_no_result() -> None:
         assert "must be positive numbers" in merged(ranks([10.0, 1.0], wrong))["failed"]
 
 
-def test_what_a_rank_tells_goes_before_what_its_end_looks_like() -> None:
+def test_a_ranks_own_reason_goes_before_how_it_ended() -> None:
     own = {"model": "megalodon", "failed": "a step takes more than 1 s"}
     assert merged([{"failed": "ended with status 1"}, own]) == {"failed": "a step takes more than 1 s"}
 
@@ -164,7 +164,7 @@ def test_a_check_fails_where_steps_are_missing_and_where_they_differ() -> None:
     assert "must be those of 2 steps" in check([2.0, 1.0])["failed"]
 
 
-def test_exchanges_that_differ_from_the_formulas_are_told() -> None:
+def test_exchanges_that_differ_from_the_formulas_are_named() -> None:
     planned = {"cp": {"all-gather": [4.0, 64.0]}, "fsdp": {"all-gather": [2.0, 100.0]}}
     padded = {"cp": {"all-gather": [4.0, 64.0]}, "fsdp": {"all-gather": [2.0, 108.0]}}
     assert differences(padded, planned) == []
@@ -203,7 +203,7 @@ def test_the_command_checks_layouts_against_one_process_and_the_formulas(tmp_pat
     assert (tmp_path / "parallel.png").stat().st_size > 1000
 
 
-def test_a_layout_that_fails_its_check_is_told_and_not_timed(
+def test_a_layout_that_fails_its_check_is_reported_and_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     timed: list[str] = []
@@ -226,9 +226,9 @@ def test_a_layout_that_fails_its_check_is_told_and_not_timed(
         main(command(tmp_path, "--gpus", "2", *layouts))
     assert ended.value.code == 1
     assert timed == ["1", "tp 2"]
-    told = capsys.readouterr().out
-    assert "FAILED: losses or gradient norms are off by 5.0e-02" in told
-    assert "FAILED: rank 1: pp send: 3 messages" in told
+    printed = capsys.readouterr().out
+    assert "FAILED: losses or gradient norms are off by 5.0e-02" in printed
+    assert "FAILED: rank 1: pp send: 3 messages" in printed
 
 
 @pytest.mark.parametrize(

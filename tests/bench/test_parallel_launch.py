@@ -49,7 +49,7 @@ def test_one_rank_alone_is_measured_and_its_links_simulated(tmp_path: Path) -> N
     assert 0 < found["exposed"]["fsdp"] < found["exchanged"]["fsdp"]
 
 
-def test_tasks_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path: Path) -> None:
+def test_tasks_are_run_in_turn_and_go_on_after_one_that_fails(tmp_path: Path) -> None:
     wrong = small_job("cp 2", rows=2)
     wrong = replace(wrong, length=120)  # not whole chunks for two ranks
     good = Task(small_job("cp 2", rows=2), 4)
@@ -64,7 +64,7 @@ def test_tasks_are_carried_out_in_turn_and_go_on_after_one_that_fails(tmp_path: 
     assert [rank["losses_and_norms"] for rank in one] == [rank["losses_and_norms"] for rank in last]
 
 
-def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(tmp_path: Path) -> None:
+def test_a_process_that_fails_or_hangs_is_reported_in_a_line_and_leaves_none_behind(tmp_path: Path) -> None:
     def reason(code: str, timeout: float = HANG_S) -> str | None:
         (tmp_path / "log").unlink(missing_ok=True)
         with started([sys.executable, "-c", code, str(tmp_path)], tmp_path, tmp_path / "log") as process:
@@ -91,7 +91,7 @@ def test_a_process_that_fails_or_hangs_is_told_in_a_line_and_leaves_none_behind(
     assert reason("pass") is None
 
 
-def test_after_a_simulated_rank_that_fails_the_next_one_begins_anew(tmp_path: Path) -> None:
+def test_after_a_simulated_rank_that_fails_the_next_one_starts_fresh(tmp_path: Path) -> None:
     code = """
 import dataclasses, json, sys
 from megalodon_plugin.bench.parallel.rank import Task, run_task

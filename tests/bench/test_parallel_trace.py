@@ -25,7 +25,7 @@ def exchange(dimension: str, kind: str, part: int) -> Exchange:
 
 
 def test_communication_is_what_nccl_runs_and_exposed_where_nothing_else_does() -> None:
-    known = [exchange("fsdp", "all-gather", 2000), exchange("cp", "all-gather", 128), exchange("pp", "send", 64)]
+    by_formula = [exchange("fsdp", "all-gather", 2000), exchange("cp", "all-gather", 128), exchange("pp", "send", 64)]
     events = [
         kernel("gemm", -50, -10),
         kernel("gemm", 0, 40),
@@ -39,7 +39,7 @@ def test_communication_is_what_nccl_runs_and_exposed_where_nothing_else_does() -
         {"ph": "X", "cat": "user_annotation", "name": MARK, "ts": -5, "dur": 500},
         {"ph": "i", "name": "mark", "ts": 1000},
     ]
-    found = communication(events, known)
+    found = communication(events, by_formula)
     assert (found["share"], found["exposed"], found["idle"]) == pytest.approx((0.40, 0.30, 0.05))  # 40-70, 90-100
     assert found["seconds"] == pytest.approx(100e-6)
     shares = {name: (of["share"], of["exposed"]) for name, of in found["dimensions"].items()}
@@ -61,12 +61,12 @@ def test_communication_is_what_nccl_runs_and_exposed_where_nothing_else_does() -
     ],
 )
 def test_a_message_belongs_to_the_exchange_of_its_kind_and_size(collective: str, numbers: int, dimension: str) -> None:
-    known = [
+    by_formula = [
         exchange("fsdp", "reduce-scatter", 4000),
         exchange("tp", "reduce-scatter", 400),
         exchange("tp", "all-reduce", 64),
     ]
-    found = communication([kernel("ncclDevKernel", 0, 1, **message(collective, numbers))], known)
+    found = communication([kernel("ncclDevKernel", 0, 1, **message(collective, numbers))], by_formula)
     assert found["dimensions"].keys() == {dimension}
 
 

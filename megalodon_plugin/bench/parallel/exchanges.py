@@ -78,14 +78,14 @@ def summed(exchanges: list[Exchange]) -> Exchanged:
 
 def differences(found: Exchanged, planned: Exchanged) -> list[str]:
     """Where what was counted is not what the formulas say, in words."""
-    told = []
+    found_differences = []
     for dimension, kind in sorted({(d, k) for side in (found, planned) for d, kinds in side.items() for k in kinds}):
         messages, size = found.get(dimension, {}).get(kind, [0, 0])
         expected, expected_size = planned.get(dimension, {}).get(kind, [0, 0])
         padding = PADDING * expected_size if dimension in ("fsdp", "replicate") else 0
         if messages != expected or abs(size - expected_size) > padding:
-            told.append(
+            found_differences.append(
                 f"{dimension} {kind}: {messages:.0f} messages, {size:.0f} bytes, but by the formulas {expected:.0f}, "
                 f"{expected_size:.0f}"
             )
-    return told
+    return found_differences

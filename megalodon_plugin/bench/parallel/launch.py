@@ -88,8 +88,8 @@ def wait_for(paths: Sequence[Path], process: psutil.Popen, timeout: float, log: 
     running = True
     while not all(path.is_file() for path in paths):
         if not running:  # and the files were looked for after its end
-            told = log.read_bytes()[begin:].decode(errors="replace")
-            errors = [line for line in told.splitlines() if "Error: " in line and "ChildFailedError" not in line]
+            output_text = log.read_bytes()[begin:].decode(errors="replace")
+            errors = [line for line in output_text.splitlines() if "Error: " in line and "ChildFailedError" not in line]
             return errors[0].strip()[-200:] if errors else f"ended with status {process.returncode}"
         if time.monotonic() > end:
             return f"not done after {timeout:g} s"

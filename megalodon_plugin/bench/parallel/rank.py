@@ -67,8 +67,8 @@ def run_task(task: Task) -> dict[str, Any]:
         if task.count:
             found |= _count(trainer, _by_formula(trainer, task.job.layout))
         if task.trace:
-            known = _by_formula(trainer, task.job.layout) if task.job.model == "megalodon" else []
-            found["communication"] = trace_step(trainer, known)
+            by_formula = _by_formula(trainer, task.job.layout) if task.job.model == "megalodon" else []
+            found["communication"] = trace_step(trainer, by_formula)
 
     logging.getLogger().setLevel(logging.WARNING)
     if task.job.fake_ranks:
@@ -85,11 +85,11 @@ def _by_formula(trainer: TimedTrainer, layout: Layout) -> list[Exchange]:
     return exchanges_by_formula(trainer.job_config, layout, stage)
 
 
-def _count(trainer: TimedTrainer, known: list[Exchange]) -> dict[str, Any]:
+def _count(trainer: TimedTrainer, by_formula: list[Exchange]) -> dict[str, Any]:
     batches = trainer.batch_generator(trainer.dataloader)
     with ExchangeCounter() as exchanges:
         trainer.train_step(batches)
-    found, planned = exchanges.found, summed(known)
+    found, planned = exchanges.found, summed(by_formula)
     return {"exchanges": found, "planned": planned, "differences": differences(found, planned)}
 
 

@@ -28,7 +28,7 @@ COLLECTIVES = {
 ITEM_BYTES = {"Float": 4, "BFloat16": 2, "Half": 2, "Double": 8, "Long": 8, "Int": 4}
 
 
-def trace_step(trainer: Any, known: Sequence[Exchange]) -> dict[str, Any]:
+def trace_step(trainer: Any, by_formula: Sequence[Exchange]) -> dict[str, Any]:
     """Train one more step of the host's `trainer` under the profiler, all ranks at once; `communication` of it."""
     batches = trainer.batch_generator(trainer.dataloader)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -41,16 +41,16 @@ def trace_step(trainer: Any, known: Sequence[Exchange]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return communication(json.loads(path.read_text())["traceEvents"], known)
+        return communication(json.loads(path.read_text())["traceEvents"], by_formula)
 
 
-def communication(events: Iterable[dict[str, Any]], known: Sequence[Exchange] = ()) -> dict[str, Any]:
+def communication(events: Iterable[dict[str, Any]], by_formula: Sequence[Exchange] = ()) -> dict[str, Any]:
     """What of a step's time on the GPU, from its first work there to its last, was communication.
 
     Args:
         events: of a Chrome trace; what ran before the event MARK, if there is one, does not count.
-        known: exchanges by formula. A message is of the dimension of the one that is alike in kind and size; process
-            groups do not tell, for dimensions that span the same ranks share one.
+        by_formula: the exchanges that the formulas give. A message belongs to the dimension of the one of its kind and
+            size; process groups do not say it, for dimensions that span the same ranks share one.
 
     Returns:
         "share": some kernel of NCCL ran, waiting for other ranks included; "exposed": one ran and nothing else did;
@@ -69,7 +69,7 @@ def communication(events: Iterable[dict[str, Any]], known: Sequence[Exchange] = 
             continue
         interval = (event["ts"], event["ts"] + event["dur"])
         if event["name"].startswith("nccl"):
-            name = _dimension(event, known)
+            name = _dimension(event, by_formula)
             dimensions.setdefault(name, []).append(interval)
             sizes.setdefault(name, set()).add(event.get("args", {}).get("Group size", 0))
         else:
@@ -93,15 +93,15 @@ def communication(events: Iterable[dict[str, Any]], known: Sequence[Exchange] = 
     return shares(everything) | {"idle": idle, "seconds": span * 1e-6, "dimensions": of_dimensions}
 
 
-def _dimension(kernel: dict[str, Any], known: Sequence[Exchange]) -> str:
+def _dimension(kernel: dict[str, Any], by_formula: Sequence[Exchange]) -> str:
     """Of the exchange that a kernel of NCCL belongs to."""
     arguments = kernel.get("args", {})
     if "SendRecv" in kernel["name"]:  # of which a trace tells no size
-        return next((exchange.dimension for exchange in known if exchange.kind == "send"), "other")
+        return next((exchange.dimension for exchange in by_formula if exchange.kind == "send"), "other")
     kind = COLLECTIVES.get(arguments.get("Collective name", ""))
     item = ITEM_BYTES.get(arguments.get("dtype", ""), 0)
     numbers = arguments.get("Out msg nelems" if kind == "reduce-scatter" else "In msg nelems", 0)
-    alike = [exchange for exchange in known if exchange.kind == kind]
+    alike = [exchange for exchange in by_formula if exchange.kind == kind]
 
     def distance(exchange: Exchange) -> float:
         expected = exchange.part * (exchange.ranks if kind == "all-reduce" else 1)
