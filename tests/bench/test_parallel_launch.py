@@ -74,7 +74,7 @@ def test_a_process_that_fails_or_hangs_is_reported_in_a_line_and_leaves_none_beh
 
     assert reason("raise ValueError('no such thing')") == "ValueError: no such thing"
     assert reason("raise SystemExit(3)") == "ended with status 3"
-    # A child in a session of its own, as a rank of torchrun is.
+    # A child in a new session, as a rank of torchrun is.
     sleeps = f"[sys.executable, '-c', 'import time; time.sleep(1000)', {str(tmp_path)!r}]"
     child = f"import pathlib, subprocess, sys; child = subprocess.Popen({sleeps}, start_new_session=True)"
     keeps = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))"

@@ -1,4 +1,4 @@
-"""What a rank exchanges in a step, counted as it happens, and what the formulas of docs/scaling.md say."""
+"""What a rank exchanges in a step: counted while it runs, and by the formulas of docs/scaling.md."""
 
 from collections import Counter
 from typing import Any
@@ -60,7 +60,7 @@ class ExchangeCounter(TorchDispatchMode):
 
 
 def exchanges_by_formula(options: Any, layout: Layout, stage: int) -> list[Exchange]:
-    """What the formulas say of a rank in the `stage`-th stage under the host's configuration `options`."""
+    """The exchanges that the formulas give for a rank in stage `stage` under the host's configuration `options`."""
     job = planned_job(options)
     exchanges = job.exchanges(layout, job.stages(layout.pp)[stage])
     return [exchange for exchange in exchanges if exchange.messages]
@@ -77,7 +77,7 @@ def summed(exchanges: list[Exchange]) -> Exchanged:
 
 
 def differences(found: Exchanged, planned: Exchanged) -> list[str]:
-    """Where what was counted is not what the formulas say, in words."""
+    """A sentence for each kind of exchange whose count differs from the formulas'."""
     found_differences = []
     for dimension, kind in sorted({(d, k) for side in (found, planned) for d, kinds in side.items() for k in kinds}):
         messages, size = found.get(dimension, {}).get(kind, [0, 0])

@@ -22,7 +22,7 @@ ALLOCATOR = "expandable_segments:True"
 def run_tasks(tasks: Sequence[Task], timeout: float, log: Path) -> Generator[list[Row], None, None]:
     """What each rank found of each task, in turn; {"failed": why} where it found nothing.
 
-    All tasks are for as many ranks. Their processes start once, for starting takes longer than some tasks. A rank
+    All tasks are for as many ranks. Their processes start once, since starting takes longer than some tasks. A rank
     that fails, or a task that takes more than `timeout` seconds, ends them all, and they start again for the tasks
     that are left. What they print is added to the file `log`.
     """
@@ -59,8 +59,8 @@ def command_of_a_rank(tasks: Sequence[Task], folder: Path) -> list[str]:
 
 @contextmanager
 def started(command: list[str], folder: Path, log: Path) -> Iterator[psutil.Popen]:
-    """The command at work. At the end of the context whatever is left of it is killed: every process whose command line
-    names `folder`, and their children. (torchrun gives each rank a session of its own, and may end before them.)
+    """The command, running. When the context ends, what is left of it is killed: every process whose command line names
+    `folder`, and their children. (torchrun starts each rank in a new session, and may end before them.)
     """
     variables = {"PYTORCH_ALLOC_CONF": ALLOCATOR, "TOKENIZERS_PARALLELISM": "false"}
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
@@ -80,9 +80,9 @@ def started(command: list[str], folder: Path, log: Path) -> Iterator[psutil.Pope
 
 
 def wait_for(paths: Sequence[Path], process: psutil.Popen, timeout: float, log: Path, begin: int = 0) -> str | None:
-    """Wait until the process has written all `paths`; in a few words why it has not, if it could not.
+    """Wait until the process has written all `paths`. Returns None, or a short reason why it has not.
 
-    What it prints meanwhile stands in `log` from the `begin`-th byte on.
+    What it prints meanwhile is in `log`, from byte `begin` on.
     """
     end = time.monotonic() + timeout
     running = True

@@ -1,8 +1,8 @@
-"""One rank of `megalodon bench parallel`: trains one job after the other and writes what it found.
+"""One rank of `megalodon bench parallel`: trains one job after the other and writes its results.
 
     python -m torch.distributed.run ... -m megalodon_plugin.bench.parallel.rank TASKS FOLDER
 
-TASKS is a JSON file, a list of `Task`s. Of the N-th, from 0, rank R writes FOLDER/N.R.json.
+TASKS is a JSON file, a list of `Task`s. The result of task N, from 0, on rank R is FOLDER/N.R.json.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from .trace import trace_step
 
 @dataclass(frozen=True)
 class Task:
-    """A job and what to look at beside its time."""
+    """A job and what to measure besides its time."""
 
     job: TrainingJob
     steps: int

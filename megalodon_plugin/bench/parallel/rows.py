@@ -1,4 +1,4 @@
-"""Rows of `megalodon bench parallel`: what ranks found as one row, and rows beside each other."""
+"""Rows of `megalodon bench parallel`: the results of ranks merged into one row, and ratios between rows."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def merged(ranks: list[Row]) -> Row:
-    """One row of all ranks': the slowest, the fullest, and what rank 0 found of the rest. "failed" where one failed."""
+    """One row of all ranks': the slowest, the fullest, and rank 0's numbers for the rest. "failed" where one failed."""
     reason = reason_of(ranks)
     if reason is not None:
         return {"failed": reason}
@@ -35,7 +35,7 @@ def merged(ranks: list[Row]) -> Row:
 
 
 def reason_of(ranks: list[Row]) -> str | None:
-    """Why these ranks have no result, first by what a rank itself tells; None if all have one that can be true."""
+    """Why these ranks have no valid result, preferably in the words of a rank itself; None if all have one."""
     failed = [rank for rank in ranks if "failed" in rank]
     if failed:
         return next((rank["failed"] for rank in failed if "model" in rank), failed[0]["failed"])
@@ -48,8 +48,8 @@ def reason_of(ranks: list[Row]) -> str | None:
 def _communication(ranks: list[Row]) -> Row:
     """Rank 0's, with the number of "messages" by dimension, and "transfer", what they take without waiting.
 
-    The rank that comes last to a message does not wait, so its time is the shortest. That is known where all ranks
-    take part in the same messages, and None elsewhere.
+    The rank that joins a message last does not wait, so its time is the shortest. It can be found where all ranks take
+    part in the same messages; elsewhere "transfer" is None.
     """
     first = ranks[0]
     dimensions = {}
@@ -63,7 +63,7 @@ def _communication(ranks: list[Row]) -> Row:
 
 
 def logged(ranks: list[Row]) -> list[list[float]]:
-    """Losses and gradient norms of the logged steps, from a rank that knows them: only a last stage has a loss."""
+    """Losses and gradient norms of the logged steps, from a rank that has them: in a pipeline, of the last stage."""
     return max((rank["losses_and_norms"] for rank in ranks), key=lambda steps: [loss for loss, _ in steps])
 
 
@@ -93,9 +93,9 @@ def check_against_single(ranks: list[Row], single: list[list[float]], tolerance:
 
 
 def add_ratios(rows: Iterable[Row]) -> None:
-    """Put into each measured row what it comes to beside others of the same model and work.
+    """Add to each measured row its ratios to others of the same model and amount of work.
 
-    "efficiency": tokens a second and GPU over those of one GPU, or the fewest that could do it ("base_gpus"), with as
+    "efficiency": tokens a second and GPU over those of one GPU, or the fewest that could ("base_gpus"), with as
     many tokens each (weak, simulated) or in a step (strong). "to_fsdp": the same against FSDP alone on as many GPUs.
     "deviation": of losses and gradient norms from the base's, where both had the same tokens (strong, Megalodon: the
     host's Llama logs losses that depend on the layout).

@@ -3,12 +3,12 @@
 Three parts, each optional, in this order:
 
 1. Checks. A small model takes two steps under every layout, in float32 and in bfloat16; losses and gradient norms must
-   be those of one process, messages and bytes those of docs/scaling.md. A layout that fails is not timed.
+   be those of one process, messages and bytes those that docs/scaling.md gives. A layout that fails is not timed.
 2. Times. Weak and strong scaling of training steps in the host, as `bench train` takes them.
 3. Simulation. One process computes one rank's part of a layout of 2 to 256 GPUs, with the host's fake backend in
    place of the others; published link speeds give the rest. Such rows say "simulated".
 
-What is checked or timed runs in processes of its own. After a failure the rest goes on in new ones.
+Checks and timed steps run in separate processes. After a failure the remaining tasks run in new ones.
 """
 
 import os
@@ -135,7 +135,7 @@ class ParallelBench:
         return failed
 
     def _run(self, scenarios: list[Any], tasks: list[Task]) -> Iterator[tuple[Any, list[Row]]]:
-        """Each scenario with what the ranks found of its task."""
+        """Each scenario with the results of its ranks."""
         with closing(run_tasks(tasks, self.options.timeout, self.log)) as results:
             yield from zip(scenarios, results, strict=True)
 
@@ -144,7 +144,7 @@ class ParallelBench:
         groups: dict[tuple[Any, ...], list[Scenario]] = {}
         for model in ("megalodon", "llama") if self.options.against else ("megalodon",):
             for layout in layouts:
-                # What the host does to attention for context parallelism stays in a process.
+                # The host patches attention for context parallelism, and the patch stays for the life of the process.
                 group = groups.setdefault((model, layout.gpus, layout.cp > 1), [])
                 for scenario in self._scenarios(model, layout):
                     reason = refusal_of(scenario, mixed_precision=self.on_gpu)

@@ -35,7 +35,7 @@ class Scenario:
     rows: int
     length: int
     local_rows: int
-    """Of one forward and backward pass of a data parallel rank, all microbatches of a pipeline together."""
+    """Rows of one forward and backward pass of a data parallel rank, all microbatches of a pipeline together."""
 
     @property
     def tokens(self) -> int:
@@ -43,7 +43,7 @@ class Scenario:
 
 
 def default_layouts(gpus: int) -> list[Layout]:
-    """One GPU, then every dimension alone on 2, 4 and 8 of them, then mixtures, as far as there are GPUs."""
+    """One GPU, then every dimension alone on 2, 4 and 8 of them, then mixtures, up to the number of GPUs."""
     names = ["1"]
     for number in (2, 4, 8):
         if number <= gpus:
@@ -86,7 +86,7 @@ def refusal_of(scenario: Scenario, mixed_precision: bool) -> str | None:
 
 
 def simulated_scenarios(sizes: Sequence[str], gpus: Iterable[int], tokens_per_gpu: int) -> list[Scenario]:
-    """One rank's part of large layouts, and of one GPU, which they are held to."""
+    """One rank's part of large layouts, and of one GPU, which they are compared with."""
     layouts = [ONE_RANK, *(Layout.parse(name) for number in gpus for name in SIMULATED[number])]
     return [
         replace(weak(size, "megalodon", layout, tokens_per_gpu), scaling="simulated")
