@@ -54,15 +54,6 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-PENDING = {
-    ("megalodon_plugin.bench.train.job", "megalodon_plugin.bench.parallel.scenarios"),
-}
-
-
-def without_pending(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    return {a: {b for b in found if (a, b) not in PENDING} for a, found in graph.items()}
-
-
 def test_every_source_belongs_to_a_layer():
     assert {layer_of(module_name(path)) for path in SOURCES} == set().union(*LAYERS)
     assert CUDA
@@ -79,11 +70,11 @@ def test_a_layer_imports_only_what_stands_below_it():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    assert not circle(without_pending(module_graph()))
+    assert not circle(module_graph())
 
 
 def test_no_folders_import_each_other_in_a_circle():
-    graph = without_pending(module_graph())
+    graph = module_graph()
     assert not [found for package in packages(graph) if (found := circle(among_children(graph, package)))]
 
 
