@@ -1,26 +1,35 @@
-"""A checkpoint in any format: found out, read, checked and written."""
+"""A checkpoint in any format: recognised, read, checked, lowered and written."""
 
-import shutil
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megalodon_plugin.files import whole_folder
-from megalodon_plugin.model import Megalodon, MegalodonConfig
+from megalodon_plugin.model import MegalodonConfig
 
-from .formats.authors import check_expressible, is_authors, read_authors, write_authors
-from .formats.authors_names import check_state_dict
-from .formats.dcp import is_dcp, read_dcp, tensor_names, write_dcp
-from .formats.safetensors import from_stored, read_config, read_safetensors, to_stored, write_config, write_safetensors
-from .model_json import NAME, config_from, read_model_json, write_content
+from .expected import check_state_dict, expected_tensors
+from .formats import authors, dcp, safetensors
+from .tokenizer_files import absolute, copy_tokenizer, tokenizer_of
 
-FORMATS = ("dcp", "safetensors", "authors")
+
+class Format(Protocol):
+    """What the modules of `formats` have in common; what they write differs in its options."""
+
+    def is_one(self, folder: Path) -> bool:
+        """Whether the folder is in this format."""
+
+    def read(self, folder: Path) -> tuple[MegalodonConfig, str | None, dict[str, Tensor]]:
+        """Configuration, tokenizer as the folder names it, and native tensors. ValueError where they are broken."""
+
+
+_FORMATS: dict[str, Format] = {"dcp": dcp, "authors": authors, "safetensors": safetensors}
+FORMATS = tuple(_FORMATS)
 MAX_SHARD_BYTES = 5e9
-BYTE_TOKENIZER = "byte"
-_TOKENIZER_PATTERNS = ("tokenizer.json", "*.tiktoken", "*.model")
 
 
 @dataclass(frozen=True)
@@ -42,16 +51,13 @@ def format_of(folder: Path) -> str:
     """One of `FORMATS`.
 
     Raises:
-        ValueError: the folder is missing, half-written or of no known format.
+        ValueError: the folder is missing, half-written or in no format of `FORMATS`.
     """
     if not folder.is_dir():
-        raise ValueError(f"the checkpoint must be a `step-N` folder or one of weights, but {folder} is none")
-    if is_dcp(folder):
-        return "dcp"
-    if is_authors(folder):
-        return "authors"
-    if any(folder.glob("*.safetensors")):
-        return "safetensors"
+        raise ValueError(f"the checkpoint must be a `step-N` folder or one of weights, but {folder} is no folder")
+    for name, module in _FORMATS.items():
+        if module.is_one(folder):
+            return name
     raise ValueError(
         f"the checkpoint {folder} must be complete and in the host's format, in safetensors or in the authors' format, "
         "but has no .metadata, no *.safetensors and no consolidated*.pth"
@@ -62,30 +68,41 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint of any format and check it; only tensors are loaded.
 
     Raises:
-        ValueError: the folder is missing, half-written or of no known format; holds code; does not fit its
+        ValueError: the folder is missing, half-written or in no format of `FORMATS`; holds code; does not fit its
             configuration; or a weight is not finite.
     """
     kind = format_of(folder)
-    if kind == "authors":
-        config, tokenizer, tensors = read_authors(folder)
-    elif kind == "safetensors":
-        config, tokenizer = _safetensors_config(folder)
-        tensors = from_stored(read_safetensors(folder), config.tie_embedding)
-    else:
-        config, tokenizer = _config_above(folder)
-        tensors = _read_model_of(folder, config)
+    config, tokenizer, tensors = _FORMATS[kind].read(folder)
     try:
         check_state_dict(tensors, config)
     except ValueError as error:
         raise ValueError(f"the checkpoint {folder} is one of another configuration: {error}") from error
     if config.tie_embedding:
-        if not torch.equal(tensors["tok_embeddings.weight"], tensors["output.weight"]):
+        embedding = tensors["tok_embeddings.weight"]
+        if not torch.equal(tensors.get("output.weight", embedding), embedding):
             raise ValueError(f"`output.weight` must be the embedding with `tie_embedding`, but is not in {folder}")
-        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+        tensors["output.weight"] = embedding
     for name, value in tensors.items():
         if not bool(value.isfinite().all()):
             raise ValueError(f"weights must be finite, but `{name}` in {folder} holds NaN or infinity")
-    return Checkpoint(config, _tokenizer_in(folder, tokenizer), tensors, kind)
+    return Checkpoint(config, tokenizer_of(folder, tokenizer), tensors, kind)
+
+
+def lowered(checkpoint: Checkpoint, dtype: torch.dtype) -> Checkpoint:
+    """The checkpoint with its matrices in `dtype`, and a tied output weight still the embedding.
+
+    CEMA, norms and attention's gamma and beta stay as they are: see `model.precision`.
+
+    Raises:
+        ValueError: `dtype` is neither float32 nor bfloat16.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"`dtype` must be float32 or bfloat16, but is {dtype}")
+    expected = expected_tensors(checkpoint.config)
+    tensors = {n: t.to(dtype) if expected[n].is_matrix else t for n, t in checkpoint.tensors.items()}
+    if checkpoint.config.tie_embedding:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def write_checkpoint(
@@ -103,21 +120,16 @@ def write_checkpoint(
         ValueError: the folder exists, or the format cannot hold this model.
     """
     check_target(folder, checkpoint.config, kind, shards)
-    config, tensors, tokenizer = checkpoint.config, checkpoint.tensors, checkpoint.tokenizer
+    config, tensors = checkpoint.config, checkpoint.tensors
     with whole_folder(folder) as unfinished:
-        if kind != "dcp":
-            tokenizer = _copy_tokenizer(tokenizer, unfinished)
-        elif tokenizer not in (None, BYTE_TOKENIZER):
-            tokenizer = str(Path(tokenizer).resolve())  # type: ignore[arg-type]
+        if kind == "dcp":
+            dcp.write(unfinished, config, absolute(checkpoint.tokenizer), tensors)
+            return
+        tokenizer = copy_tokenizer(checkpoint.tokenizer, unfinished)
         if kind == "authors":
-            write_authors(unfinished, config, tokenizer, tensors, shards)
-        elif kind == "safetensors":
-            dtype = tensors["tok_embeddings.weight"].dtype
-            write_config(unfinished, config, tokenizer, dtype)
-            write_safetensors(unfinished, to_stored(tensors, config.tie_embedding), max_shard_bytes)
+            authors.write(unfinished, config, tokenizer, tensors, shards)
         else:
-            write_dcp(unfinished, tensors)
-            write_content(unfinished / NAME, config, tokenizer)
+            safetensors.write(unfinished, config, tokenizer, tensors, max_shard_bytes)
 
 
 def check_target(folder: Path, config: MegalodonConfig, kind: str, shards: int = 1) -> None:
@@ -127,52 +139,9 @@ def check_target(folder: Path, config: MegalodonConfig, kind: str, shards: int =
     if kind not in FORMATS:
         raise ValueError(f"the format must be one of {FORMATS}, but is {kind!r}")
     if kind == "authors":
-        check_expressible(config, shards)
+        authors.check_expressible(config, shards)
     elif shards != 1:
         raise ValueError(f"`--shards` must be 1 except in the authors' format, but is {shards}")
-
-
-def _safetensors_config(folder: Path) -> tuple[MegalodonConfig, str | None]:
-    # The host's last save in safetensors writes no config.json, but its job a model.json.
-    return read_config(folder) if (folder / "config.json").is_file() else _config_above(folder)
-
-
-def _config_above(folder: Path) -> tuple[MegalodonConfig, str | None]:
-    content = read_model_json(folder)
-    return config_from(content["model"], folder / NAME), content.get("tokenizer")
-
-
-def _read_model_of(folder: Path, config: MegalodonConfig) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        expected = Megalodon(config).state_dict().keys()
-    layers = {
-        name for name in tensor_names(folder) if name.startswith(("layers.", "tok_embeddings.", "norm.", "output."))
-    }
-    return read_dcp(folder, set(expected) | layers)
-
-
-def _tokenizer_in(folder: Path, named: str | None) -> str | None:
-    """The named tokenizer, relative to the folder where it lies there; without a name the one in the folder."""
-    if named is None:
-        return str(folder) if any(list(folder.glob(pattern)) for pattern in _TOKENIZER_PATTERNS) else None
-    inside = folder / named
-    return str(inside) if named != BYTE_TOKENIZER and inside.exists() else named
-
-
-def _copy_tokenizer(tokenizer: str | None, folder: Path) -> str | None:
-    """Copy tokenizer files into the folder; the name there."""
-    if tokenizer in (None, BYTE_TOKENIZER):
-        return tokenizer
-    path = Path(tokenizer)  # type: ignore[arg-type]
-    if path.is_file():
-        shutil.copyfile(path, folder / path.name)
-        return path.name
-    if path.is_dir():
-        for pattern in (*_TOKENIZER_PATTERNS, "tokenizer_config.json", "special_tokens_map.json"):
-            for file in path.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
-        return None  # found by looking
-    return tokenizer
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

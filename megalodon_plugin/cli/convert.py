@@ -29,8 +29,8 @@ def run_convert(options: argparse.Namespace) -> None:
     Raises:
         ValueError: see `checkpoint.checkpoint`.
     """
-    from megalodon_plugin.checkpoint.checkpoint import check_target, read_checkpoint, size_of, write_checkpoint
-    from megalodon_plugin.model.precision import DTYPES, matrix_names
+    from megalodon_plugin.checkpoint.checkpoint import check_target, lowered, read_checkpoint, size_of, write_checkpoint
+    from megalodon_plugin.model.precision import DTYPES
 
     if not options.max_shard_gb > 0:
         raise ValueError(f"`--max-shard-gb` must be positive, but is {options.max_shard_gb}")
@@ -41,12 +41,7 @@ def run_convert(options: argparse.Namespace) -> None:
     if options.tokenizer is not None:
         checkpoint = dataclasses.replace(checkpoint, tokenizer=options.tokenizer)
     if options.dtype is not None:
-        lowered = matrix_names(checkpoint.config)
-        dtype = DTYPES[options.dtype]
-        tensors = {n: t.to(dtype) if n in lowered else t for n, t in checkpoint.tensors.items()}
-        if checkpoint.config.tie_embedding:
-            tensors["output.weight"] = tensors["tok_embeddings.weight"]
-        checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
+        checkpoint = lowered(checkpoint, DTYPES[options.dtype])
     write_checkpoint(options.target, checkpoint, options.to, options.shards, options.max_shard_gb * 1e9)
     n_parameters, n_bytes = size_of(checkpoint.tensors)
     print(

@@ -5,8 +5,6 @@ from torch import nn
 
 from .attention import QueryKey
 from .cema import CEMA
-from .config import MegalodonConfig
-from .model import Megalodon
 from .norm import LayerNorm, RMSNorm, TimestepNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,9 +34,7 @@ def lower_matrices(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def matrix_names(cfg: MegalodonConfig) -> set[str]:
+def matrix_names(model: nn.Module) -> set[str]:
     """Names of the parameters that `lower_matrices` casts, a tied output weight included."""
-    with torch.device("meta"):
-        model = Megalodon(cfg)
     kept = float32_parameters(model)
     return {name for name, value in model.named_parameters(remove_duplicate=False) if value not in kept}

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.distributed import ParallelDims
 
-from .tokenizer import BYTE_TOKENIZER
+from megalodon_plugin.checkpoint.tokenizer_files import BYTE_TOKENIZER
 
 
 def around_load(checkpointer: CheckpointManager, context: Callable[[], AbstractContextManager[None]]) -> None:

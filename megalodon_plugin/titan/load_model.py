@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megalodon_plugin.checkpoint.checkpoint import format_of, read_checkpoint
+from megalodon_plugin.checkpoint.checkpoint import read_checkpoint
 from megalodon_plugin.model import Megalodon
 from megalodon_plugin.model.precision import lower_matrices
 
@@ -30,7 +30,6 @@ def load_checkpoint(
         ValueError: the folder is missing, half-written, broken or of another configuration, a weight is not finite, no
             tokenizer is named, or the tokenizer has tokens that the model has not.
     """
-    format_of(checkpoint)
     found = read_checkpoint(checkpoint)
     name = tokenizer or found.tokenizer
     if name is None:

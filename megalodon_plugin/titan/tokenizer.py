@@ -10,7 +10,7 @@ import tiktoken
 from torchtitan.components.tokenizer import BaseTokenizer, HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 
-BYTE_TOKENIZER = "byte"
+from megalodon_plugin.checkpoint.tokenizer_files import BYTE_TOKENIZER, PATTERNS
 
 # How Llama 3 cuts text before byte-pair merging: contractions, words with at most one leading mark or space, numbers of
 # up to three digits, runs of punctuation, and white space, where the last blank before a word goes to that word.
@@ -149,7 +149,7 @@ def _rule(value: Any, why: str) -> str:
 
 
 def _only_tokenizer_in(folder: Path) -> Path:
-    for pattern in ("tokenizer.json", "*.tiktoken", "*.model"):
+    for pattern in PATTERNS:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
         if len(found) > 1:
             names = ", ".join(path.name for path in found)

@@ -1,5 +1,6 @@
 """Checkpoints in every format: round trips are bit-exact, and what is broken or foreign is refused."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -9,7 +10,8 @@ import shutil
 import pytest
 import torch
 
-from megalodon_plugin.checkpoint.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from megalodon_plugin.checkpoint.checkpoint import Checkpoint, lowered, read_checkpoint, write_checkpoint
+from megalodon_plugin.checkpoint.expected import expected_tensors
 from megalodon_plugin.checkpoint.formats.authors import consolidate, split
 from megalodon_plugin.cli.main import main
 from megalodon_plugin.model import Megalodon, MegalodonConfig
@@ -135,6 +137,45 @@ def test_the_tokenizer_file_goes_with_the_model(tmp_path):
     (tmp_path / "x.model").write_text("ranks")
     write_checkpoint(tmp_path / "b", checkpoint_of(tokenizer=str(tmp_path / "x.model")), "authors")
     assert read_checkpoint(tmp_path / "b").tokenizer == str(tmp_path / "b/x.model")
+
+
+def test_a_write_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("megalodon_plugin.checkpoint.formats.safetensors.write_tensors", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_checkpoint(tmp_path / "a", checkpoint_of(), "safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_output_weight_may_be_missing_in_the_authors_format(tmp_path):
+    first = checkpoint_of(tie_embedding=True)
+    write_checkpoint(tmp_path / "a", first, "authors")
+    released = torch.load(tmp_path / "a/consolidated.pth")
+    del released["output.output.weight"]
+    torch.save(released, tmp_path / "a/consolidated.pth")
+    assert_same(read_checkpoint(tmp_path / "a"), first)
+
+
+class TestLowered:
+    def test_a_tied_output_weight_is_still_the_embedding(self):
+        found = lowered(checkpoint_of(tie_embedding=True), torch.bfloat16)
+        assert found.tensors["output.weight"] is found.tensors["tok_embeddings.weight"]
+        assert found.tensors["output.weight"].dtype == torch.bfloat16
+
+    def test_it_is_what_lowering_the_model_gives(self):
+        assert_same(lowered(checkpoint_of(), torch.bfloat16), checkpoint_of(dtype=torch.bfloat16))
+
+    def test_other_dtypes_are_refused(self):
+        with pytest.raises(ValueError, match=re.escape("`dtype` must be float32 or bfloat16, but is torch.float16")):
+            lowered(checkpoint_of(), torch.float16)
+
+    def test_names_and_shapes_of_one_configuration_are_found_once(self):
+        config = checkpoint_of().config
+        assert expected_tensors(config) is expected_tensors(dataclasses.replace(config))
+        assert expected_tensors(config) != expected_tensors(dataclasses.replace(config, n_layers=1))
 
 
 class TestCode:

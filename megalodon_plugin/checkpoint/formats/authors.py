@@ -12,7 +12,7 @@ from torch import Tensor
 from megalodon_plugin.files import write_json
 from megalodon_plugin.model import MegalodonConfig
 
-from ..model_json import config_from, read_json
+from ..json_file import config_from, read_json
 from .authors_names import from_authors, to_authors
 
 _OPTIONS = {
@@ -53,12 +53,12 @@ _AXES: tuple[tuple[str, int | None], ...] = (
 )
 
 
-def is_authors(folder: Path) -> bool:
+def is_one(folder: Path) -> bool:
     """Whether the folder holds consolidated files of theirs."""
     return any(folder.glob("consolidated*.pth"))
 
 
-def read_authors(folder: Path) -> tuple[MegalodonConfig, str | None, dict[str, Tensor]]:
+def read(folder: Path) -> tuple[MegalodonConfig, str | None, dict[str, Tensor]]:
     """Configuration, tokenizer and native tensors.
 
     Raises:
@@ -71,12 +71,12 @@ def read_authors(folder: Path) -> tuple[MegalodonConfig, str | None, dict[str, T
     options["output_size"] = None if options.get("output_size", -1) == -1 else options["output_size"]
     config = config_from(options, folder / "config.json")
     shards = [_load(path) for path in _shard_files(folder)]
-    tensors = from_authors(shards[0] if len(shards) == 1 else consolidate(shards), config)
+    tensors = from_authors(shards[0] if len(shards) == 1 else consolidate(shards))
     tokenizer = content.get("tokenizer")
     return config, tokenizer if isinstance(tokenizer, str) else None, tensors
 
 
-def write_authors(
+def write(
     folder: Path, config: MegalodonConfig, tokenizer: str | None, tensors: Mapping[str, Tensor], shards: int
 ) -> None:
     """Write config.json, consolidate_config.json and as many shards.
@@ -155,7 +155,7 @@ def _axis(name: str) -> int | None:
 
 
 def _buffers(config: MegalodonConfig) -> dict[str, Tensor]:
-    """Statistics that start empty. `rope.freqs` their code makes anew."""
+    """Statistics that start empty. Their code computes `rope.freqs` itself."""
     norms = [f"layers.{i}.mega.timenorm" for i in range(config.n_layers)] + ["output.final_norm"]
     buffers: dict[str, Tensor] = {}
     for norm in norms:

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig
+from megalodon_plugin.model import MegalodonConfig
+
+from ..expected import check_state_dict
 
 # Authors' name -> ours, for parameters; {i} is the layer.
 _NAMES = {
@@ -46,7 +47,7 @@ def from_authors(state_dict: Mapping[str, Tensor], config: MegalodonConfig | Non
 
     Raises:
         ValueError: the state dict is empty, has a name that no Megalodon has, carries a prior other than the empty one,
-            or does not fit `config`; names and both shapes are told.
+            or does not fit `config`; the message gives names and both shapes.
     """
     if not state_dict:
         raise ValueError("the state dict must hold parameters, but is empty")
@@ -75,30 +76,6 @@ def to_authors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not state_dict:
         raise ValueError("the state dict must hold parameters, but is empty")
     return {_rename(name, _OURS_TO_THEIRS, "Megalodon"): value for name, value in state_dict.items()}
-
-
-def check_state_dict(state_dict: Mapping[str, Tensor], config: MegalodonConfig) -> None:
-    """Raise ValueError unless names and shapes are those of a model of `config`."""
-    with torch.device("meta"):
-        expected = Megalodon(config).state_dict()
-    if config.tie_embedding and "output.weight" not in state_dict:
-        del expected["output.weight"]
-    missing, unknown = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"the state dict does not fit the configuration: missing {_shorten(missing)}; unknown {_shorten(unknown)}"
-        )
-    for name, value in expected.items():
-        if state_dict[name].shape != value.shape:
-            raise ValueError(
-                f"`{name}` must have shape {tuple(value.shape)} by the configuration, but has "
-                f"{tuple(state_dict[name].shape)} in the state dict"
-            )
-
-
-def _shorten(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "nothing"
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _rename(name: str, names: Mapping[str, str], owner: str) -> str:

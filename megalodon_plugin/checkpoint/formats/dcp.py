@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from megalodon_plugin.model import MegalodonConfig
+
+from ..model_json import NAME, read_content, write_content
+
+_OF_THE_MODEL = ("layers.", "tok_embeddings.", "norm.", "output.")
+"""How the names of the model's tensors begin."""
+_NO_GROUP = "torch.distributed is disabled, unavailable or uninitialized"
 
 # What a DCP index is made of. It is a pickle, and a pickle may name any function of any module.
 _INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -62,42 +71,37 @@ class TensorReader(FileSystemReader):
         return metadata
 
 
-def is_dcp(folder: Path) -> bool:
+def is_one(folder: Path) -> bool:
     """Whether the last file that saving writes is there."""
     return (folder / ".metadata").is_file()
 
 
-def read_dcp(folder: Path, names: set[str]) -> dict[str, Tensor]:
-    """The tensors of these names, in memory; nothing else of the folder is read.
+def read(folder: Path) -> tuple[MegalodonConfig, str | None, dict[str, Tensor]]:
+    """Configuration, tokenizer and the model's tensors; nothing else of the folder is read, such as an optimizer's.
 
     Raises:
-        ValueError: the index is broken or holds code, or a file is missing or too short.
+        ValueError: the index is broken or holds code, a file is missing or too short, or there is no model.json.
     """
+    config, tokenizer = read_content(folder)
     reader = TensorReader(folder)
-    entries = reader.read_metadata().state_dict_metadata
-    state_dict: dict[str, Tensor] = {}
-    for name, entry in entries.items():
-        if name in names and isinstance(entry, TensorStorageMetadata):
-            state_dict[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    tensors: dict[str, Tensor] = {}
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if name.startswith(_OF_THE_MODEL) and isinstance(entry, TensorStorageMetadata):
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     try:
         with warnings.catch_warnings():
             # torch warns that it assumes what `no_dist` says.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            dcp.load(dict(state_dict), storage_reader=reader, no_dist=True)
+            warnings.filterwarnings("ignore", message=_NO_GROUP)
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
     except CheckpointException as error:  # no Exception: it holds those of all ranks
         reason = "; ".join(f"{type(cause).__name__} {cause}" for cause, _ in error.failures.values())
         raise ValueError(f"the checkpoint {folder} must be whole, but: {reason}") from error
-    return state_dict
+    return config, tokenizer, tensors
 
 
-def tensor_names(folder: Path) -> set[str]:
-    """Names of the tensors in the folder, those of the optimizer too."""
-    entries = TensorReader(folder).read_metadata().state_dict_metadata
-    return {name for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-
-
-def write_dcp(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a folder that the host takes for `checkpoint.initial_load_path`: the model alone."""
+def write(folder: Path, config: MegalodonConfig, tokenizer: str | None, tensors: Mapping[str, Tensor]) -> None:
+    """Write the model alone, which the host takes for `checkpoint.initial_load_path`, and its model.json."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+        warnings.filterwarnings("ignore", message=_NO_GROUP)
+        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+    write_content(folder / NAME, config, tokenizer)
