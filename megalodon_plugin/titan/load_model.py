@@ -1,9 +1,9 @@
 """Loads a model from a checkpoint of any format, without a process group: for generation and evaluation."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
+from torchtitan.components.tokenizer import BaseTokenizer
 
 from megalodon_plugin.checkpoint.checkpoint import read_checkpoint
 from megalodon_plugin.model import Megalodon
@@ -17,7 +17,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokenizer: str | None = None,
-) -> tuple[Megalodon, Any]:
+) -> tuple[Megalodon, BaseTokenizer]:
     """The model, in eval mode, and its tokenizer.
 
     Args:
