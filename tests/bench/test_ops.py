@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +224,13 @@ def test_report_is_written_whole_and_drawn(tmp_path, capsys: pytest.CaptureFixtu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ops.json", "ops.png"]
     with pytest.raises(ValueError, match="none to draw"):
         report.draw(made_up_report(rows[-1:]), tmp_path / "none.png")
+
+
+def test_results_of_before_are_drawn(tmp_path) -> None:
+    results = json.loads((Path(__file__).resolve().parents[2] / "kernels/results/h100_ops.json").read_text())
+    report.draw(results, tmp_path / "ops.png")
+    assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
+    assert len(report.speed_table(results["rows"]).splitlines()) == len(results["rows"]) + 2
 
 
 def test_tables_show_multiples_and_dashes() -> None:

@@ -55,7 +55,7 @@ def test_ratios_are_of_the_same_size_and_length() -> None:
     assert "1.500  1.100" in table(rows, ratios=True)
 
 
-def test_a_row_that_failed_is_told_and_has_no_ratio() -> None:
+def test_a_row_that_failed_is_shown_and_has_no_ratio() -> None:
     failed = {"size": "debug", "model": "llama", "batch": 1, "length": 64, "failed": "out of memory"}
     rows = [row("megalodon", 300, 11), failed]
     assert ratio(rows, rows[0]) == (None, None)
