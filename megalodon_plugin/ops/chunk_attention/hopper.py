@@ -65,7 +65,7 @@ class Blocks:
     stages: int
 
 
-# Chosen by measurement; kernels/README.md has the table.
+# Chosen by measurement; kernels/JOURNAL.md has the table.
 WEIGHTS = Blocks(128, 64, 256, 8, 3)
 PRODUCT = Blocks(128, 256, 64, 8, 3)
 PRODUCT_TRANSPOSED = Blocks(128, 256, 64, 8, 3)
