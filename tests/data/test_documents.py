@@ -89,7 +89,7 @@ def test_an_epoch_holds_every_document_once_and_whole(folder: Path, seq_len: int
             assert 2 <= len(row.tokens) <= seq_len + 1
 
 
-def test_documents_without_marks_go_on_after_one_that_has_no_label(tmp_path: Path) -> None:
+def test_documents_without_marks_continue_after_one_that_has_no_label(tmp_path: Path) -> None:
     for n, text in enumerate(["a", "long enough", "b", "also long enough"]):
         (tmp_path / f"{n}.txt").write_text(text)
     bare = SimpleNamespace(encode=lambda text, add_bos, add_eos: list(text.encode()))
@@ -97,7 +97,7 @@ def test_documents_without_marks_go_on_after_one_that_has_no_label(tmp_path: Pat
     assert sorted(bytes(tokens).decode() for tokens in joined(rows)) == ["also long enough", "long enough"]
 
 
-def test_a_lane_goes_on_from_any_row(folder: Path) -> None:
+def test_a_lane_continues_from_any_row(folder: Path) -> None:
     corpus = corpus_of(folder)
     stream = corpus.row_stream(1, Cursor(0, 0, 0))
     cursors, rows = [], []
@@ -173,7 +173,7 @@ def test_a_lane_has_the_same_rows_however_ranks_and_micro_steps_share_a_step(
     assert found == expected and set(found) == {0, 1, 2, 3}
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_rows(folder: Path) -> None:
+def test_another_number_of_ranks_continues_with_the_same_rows(folder: Path) -> None:
     expected = rows_by_lane(build(folder, 0, 1, 4), 12, 4)
     saving = [build(folder, rank, 2, 1) for rank in range(2)]
     state: dict[str, torch.Tensor] = {}

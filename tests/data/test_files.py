@@ -75,7 +75,7 @@ def test_linked_folders_are_followed_but_cycles_are_not(tmp_path: Path) -> None:
     assert names(find_text_files(str(tmp_path / "data"))) == ["link/b.txt", "real/a.txt"]
 
 
-def test_paths_without_text_are_told_by_key_rule_and_value(tmp_path: Path) -> None:
+def test_paths_without_text_are_reported_by_key_rule_and_value(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`validation.dataset_path` must .* does not exist"):
         find_text_files(str(tmp_path / "nowhere"), "validation.dataset_path")
     (tmp_path / "image.png").write_bytes(b"x")
@@ -182,7 +182,7 @@ def test_large_gz_is_read_from_the_open_file(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no gzip", "bit flipped"])
-def test_broken_gz_is_told_by_file(tmp_path: Path, damage: str) -> None:
+def test_broken_gz_is_reported_by_file(tmp_path: Path, damage: str) -> None:
     content = bytearray(gzip.compress(b"some text\n" * 1000))
     if damage == "truncated":
         del content[-10:]
@@ -213,7 +213,7 @@ def test_byte_order_mark_and_broken_utf8_are_tolerated(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("range_bytes", [16, 64, 10**6])
 @pytest.mark.parametrize("shuffle_seed", [None, "s"])
-def test_broken_lines_are_told_by_file_and_line(
+def test_broken_lines_are_reported_by_file_and_line(
     tmp_path: Path, line: str, message: str, range_bytes: int, shuffle_seed: str | None
 ) -> None:
     good = '{"text": "good"}'

@@ -20,7 +20,7 @@ START = Cursor(0, 0, 0)
 
 
 class RecordingReader(TextReader):
-    """A reader that knows what it was asked for."""
+    """A reader that records what it was asked for."""
 
     def documents(self, unit: Unit, shuffle_seed: object = None) -> Iterator[str]:
         self.__dict__.setdefault("opened", []).append((shuffle_seed, unit.identity))
@@ -106,7 +106,7 @@ def test_inputs_of_a_lane_are_its_stream_and_labels_are_one_ahead(corpus: Corpus
 @pytest.mark.parametrize("saved_by", [1, 2, 3])
 @pytest.mark.parametrize("n_rows", [0, 6, 66, 300])
 @pytest.mark.parametrize("loaded_by", [1, 3, 4, 5])
-def test_cursors_go_on_at_any_number_of_ranks(corpus: Corpus, saved_by: int, n_rows: int, loaded_by: int) -> None:
+def test_cursors_continue_at_any_number_of_ranks(corpus: Corpus, saved_by: int, n_rows: int, loaded_by: int) -> None:
     unbroken = stacked(start(corpus, 0, 1).advance(n_rows + 60)[n_rows:])
     saved: dict[int, Cursor] = {}
     for rank in range(saved_by):
@@ -159,7 +159,7 @@ def test_text_without_tokens_is_an_error_not_an_endless_loop(tmp_path: Path) -> 
         start(corpus, 0, 1).advance(1)
 
 
-def test_a_file_that_shrank_since_the_checkpoint_is_told(corpus: Corpus) -> None:
+def test_a_file_that_shrank_since_the_checkpoint_is_reported(corpus: Corpus) -> None:
     rows = RankRows(corpus, 0, 1, 0, dict.fromkeys(range(4), Cursor(0, 1, 10**6)))
     with pytest.raises(ValueError, match=r"must be as it was when the checkpoint was saved, but .* token 1000000"):
         rows.advance(1)
@@ -190,7 +190,7 @@ def test_large_gz_files_count_as_the_range_that_is_open() -> None:
 
 
 @pytest.mark.parametrize("change", ["seed", "seq_len", "content size", "name", "tokenizer"])
-def test_fingerprint_tells_other_data(tmp_path: Path, change: str) -> None:
+def test_fingerprint_differs_for_other_data(tmp_path: Path, change: str) -> None:
     write_corpus(tmp_path)
     before = corpus_of(tmp_path).fingerprint()
     assert corpus_of(tmp_path).fingerprint() == before

@@ -104,7 +104,7 @@ def close(found: dict[int, tuple[float, float]], expected: dict[int, tuple[float
     return all(numbers == pytest.approx(expected[step], rel=1e-4) for step, numbers in found.items())
 
 
-def test_a_killed_run_goes_on_to_the_last_bit(unbroken: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_to_the_last_bit(unbroken: Path, tmp_path: Path) -> None:
     config, run = carrying_job(tmp_path), tmp_path / "run"
     train_and_kill(config, "step:  5")
     killed = len(read_records(run))
@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(unbroken: Path, tmp_path: Path) ->
     assert losses_and_norms(read_records(run)) == whole and len(set(whole.values())) == 10
 
 
-def test_two_ranks_are_one_and_go_on_from_one(unbroken: Path, tmp_path: Path) -> None:
+def test_two_ranks_are_one_and_continue_from_one(unbroken: Path, tmp_path: Path) -> None:
     """The same rows and states, whether a step is two batches of one process or one batch of each of two."""
     whole = losses_and_norms(read_records(unbroken / "run"))
     config, run = carrying_job(tmp_path), tmp_path / "run"

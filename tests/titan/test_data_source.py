@@ -183,7 +183,7 @@ def unknown_name(job_config: Any) -> None:
         (unknown_name, r"`validation\.dataset` must be one of local_text, python_stdlib, c4.* but is \"c5\""),
     ],
 )
-def test_what_cannot_be_is_told_by_key_rule_and_value(
+def test_what_cannot_be_is_reported_by_key_rule_and_value(
     folder: Path, change: Callable[[Any], None], message: str
 ) -> None:
     job_config = config(folder, validation_fraction=0.3)

@@ -56,7 +56,7 @@ def test_a_global_batch_holds_the_same_rows_however_ranks_share_it(folder: Path,
 
 
 @pytest.mark.parametrize("n_ranks", [1, 3, 4])
-def test_a_run_of_two_ranks_goes_on_at_another_number_of_ranks(folder: Path, tmp_path: Path, n_ranks: int) -> None:
+def test_a_run_of_two_ranks_continues_at_another_number_of_ranks(folder: Path, tmp_path: Path, n_ranks: int) -> None:
     """Through torch.distributed.checkpoint, which fills the loading rank's own state dict in place."""
     unbroken = take(build(config(folder, batch=1)), 20 + 24).flatten(0, 1)
     saving = [build(config(folder), rank, 2) for rank in range(2)]
@@ -163,7 +163,7 @@ def test_validation_gives_all_ranks_the_same_number_of_the_same_rows_each_time(f
     assert torch.equal(passes[0], alone[:n_rows]) and torch.equal(passes[1], passes[0]) and n_rows > 6
 
 
-def test_endless_validation_wraps_and_starts_anew(folder: Path) -> None:
+def test_endless_validation_wraps_and_starts_again(folder: Path) -> None:
     job_config = config(folder, validation_fraction=0.5)
     once = take(build_validation(job_config), 10**6)
     endless = build_validation(job_config, infinite=True)

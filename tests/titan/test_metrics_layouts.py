@@ -214,7 +214,7 @@ IN_FOUR_STAGES = [
 ]
 
 
-def test_a_run_goes_on_in_other_layouts_with_the_same_records(tmp_path: Path) -> None:
+def test_a_run_continues_in_other_layouts_with_the_same_records(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
@@ -252,10 +252,10 @@ def test_a_run_goes_on_in_other_layouts_with_the_same_records(tmp_path: Path) ->
     for step, loss in validations[parts].items():
         assert loss == pytest.approx(validations[whole][step], rel=1e-5), f"step {step}: validation"
 
-    # Both ranks of the pipeline tell the same.
+    # Both ranks of the pipeline log the same.
     for kind, step, loss in (("step", 6, f"{mean[6]:8.5f}"), ("validate step", 6, f"{validations[parts][6]:7.4f}")):
-        told = re.findall(rf"INFO - {kind}: +{step}  loss: ([ -]*[0-9.]+) ", log)
-        assert [text.strip() for text in told] == [loss.strip()] * 2, kind
+        logged = re.findall(rf"INFO - {kind}: +{step}  loss: ([ -]*[0-9.]+) ", log)
+        assert [text.strip() for text in logged] == [loss.strip()] * 2, kind
 
     # One process had no random state for a second stage; the stages save theirs apart.
     assert "The checkpoint holds no random state for this layout" in log

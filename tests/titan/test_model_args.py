@@ -46,7 +46,7 @@ EVERY_OPTION: dict[str, Any] = {
 }
 
 
-# The host's parser also tells, in warnings, of the wrong types that these tests put into TOML.
+# The host's parser also warns of the wrong types that these tests put into TOML.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:tyro.*")
 
 

@@ -63,7 +63,7 @@ def logits_of(model: nn.Module) -> Tensor:
     tokens = torch.randint(31, (8, 40), generator=torch.Generator().manual_seed(2))
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # what a forward pass alone has gathered is gathered anew
+            module.reshard()  # what a forward pass alone has gathered is gathered again
     return model(tokens).float()
 
 

@@ -151,7 +151,7 @@ def test_two_of_one_kind_are_named(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
-def test_what_is_no_tokenizer_is_told_by_key_rule_and_value(tmp_path: Path) -> None:
+def test_what_is_no_tokenizer_is_reported_by_key_rule_and_value(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`model.hf_assets_path` must be \"byte\", .* but is \"nowhere\""):
         load_tokenizer("nowhere")
     with pytest.raises(ValueError, match="holds none of them"):
@@ -171,13 +171,13 @@ def test_what_is_no_tokenizer_is_told_by_key_rule_and_value(tmp_path: Path) -> N
         ({5: ""}, r"256 single bytes, but lacks 1 of them"),
     ],
 )
-def test_broken_ranks_are_told_by_file_and_line(tmp_path: Path, change: dict[int, str], message: str) -> None:
+def test_broken_ranks_are_reported_by_file_and_line(tmp_path: Path, change: dict[int, str], message: str) -> None:
     lines = [change.get(index, line) for index, line in enumerate(rank_lines())]
     with pytest.raises(ValueError, match=r"broken\.tiktoken.*" + message):
         load_tokenizer(write_lines(tmp_path / "broken.tiktoken", lines))
 
 
-def test_broken_models_are_told_by_file(tmp_path: Path) -> None:
+def test_broken_models_are_reported_by_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x00broken\xff\xfe")
     with pytest.raises(ValueError, match=r"tokenizer\.model must hold a SentencePiece model or tiktoken ranks"):
         load_tokenizer(str(tmp_path))

@@ -63,7 +63,7 @@ def saved_steps(run: Path) -> set[str]:
     return {path.name for path in (run / "checkpoint").iterdir()}
 
 
-def test_a_killed_run_goes_on_to_the_last_bit(unbroken: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_to_the_last_bit(unbroken: Path, tmp_path: Path) -> None:
     config, run = hard_job(tmp_path), tmp_path / "run"
     train_and_kill(config, "step:  5")
     killed = len(read_records(run))
@@ -91,7 +91,9 @@ def test_a_killed_run_goes_on_to_the_last_bit(unbroken: Path, tmp_path: Path) ->
     assert validations[0] == validations[1]
 
 
-def test_a_run_killed_while_saving_goes_on_from_the_step_before(unbroken: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_run_killed_while_saving_continues_from_the_step_before(
+    unbroken: Path, finished: Path, tmp_path: Path
+) -> None:
     assert saved_steps(finished) == {"step-3", "step-6", "step-9", "step-10"}
     (finished / "checkpoint" / "step-10" / ".metadata").unlink()
     before = len(read_records(finished))
@@ -120,7 +122,7 @@ def test_records_of_training_and_validation(unbroken: Path) -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_model_json_tells_the_configuration(unbroken: Path) -> None:
+def test_model_json_holds_the_configuration(unbroken: Path) -> None:
     content = json.loads((unbroken / "run" / "model.json").read_text())
     assert content["tokenizer"] == "byte"
     assert content["model"]["dim"] == 32 and content["model"]["vocab_size"] == 258
