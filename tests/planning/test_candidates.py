@@ -14,7 +14,7 @@ from megalodon_plugin.cli.main import main
 from megalodon_plugin.cli.options import options_of
 from megalodon_plugin.cli.plan import add_plan
 from megalodon_plugin.parallel.layout import Layout
-from megalodon_plugin.planning import candidates as plan
+from megalodon_plugin.planning.candidates import Candidate, PlanOptions, all_layouts, candidates
 from megalodon_plugin.planning.job import load_job
 from megalodon_plugin.planning.memory import Stage
 
@@ -24,15 +24,15 @@ CONFIGS = Path(__file__).parents[2] / "train_configs"
 GIB = 2**30
 
 
-def parse(config: Path, *arguments: str) -> plan.PlanOptions:
+def parse(config: Path, *arguments: str) -> PlanOptions:
     parser = argparse.ArgumentParser()
     add_plan(parser.add_subparsers(dest="command", required=True))
-    return options_of(plan.PlanOptions, parser.parse_args(["plan", str(config), *arguments]))
+    return options_of(PlanOptions, parser.parse_args(["plan", str(config), *arguments]))
 
 
-def planned(config: Path, *arguments: str, overrides: list[str] | None = None) -> list[plan.Candidate]:
+def planned(config: Path, *arguments: str, overrides: list[str] | None = None) -> list[Candidate]:
     options = parse(config, *arguments)
-    return plan.candidates(load_job(config, options.seq_len, overrides or []), options)[0]
+    return candidates(load_job(config, options.seq_len, overrides or []), options)[0]
 
 
 def status(*arguments: Any) -> Any:
@@ -53,7 +53,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_all_products_of_five_degrees() -> None:
-    found = list(plan.all_layouts(12))
+    found = list(all_layouts(12))
     assert len(found) == len(set(found)) == math.comb(6, 4) * 5  # of 2 x 2 and of 3, on five places
     assert all(layout.gpus == 12 for layout in found)
 
@@ -64,7 +64,7 @@ def test_the_rules_leave_what_the_adapter_takes(config: Path) -> None:
 
     job = load_job(config, None, [])
     allowed = {c.layout for c in planned(config, "--gpus", "8")}
-    for layout in plan.all_layouts(8):
+    for layout in all_layouts(8):
         for key, degree in layout.options.items():
             setattr(job.options.parallelism, key.removeprefix("parallelism."), degree)
         assert job_rules.layout_of(job.options) == layout

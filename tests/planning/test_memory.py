@@ -20,9 +20,18 @@ from megalodon_plugin.parallel.chunk import apply_chunk_parallel
 from megalodon_plugin.parallel.collectives import Ranks
 from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.parallel.tensor_plan import apply_tensor_parallel
-from megalodon_plugin.planning import memory as estimate
 from megalodon_plugin.planning.links import Links
-from megalodon_plugin.planning.memory import Parameter, Stage, Work, parameters_of
+from megalodon_plugin.planning.memory import (
+    Parameter,
+    Stage,
+    Work,
+    loss_bytes,
+    parameters_of,
+    parameters_on,
+    rank_memory,
+    saved_by_layer,
+    saved_by_layers,
+)
 from megalodon_plugin.planning.traffic import Exchange, exchanges_of_step
 
 ROWS, LENGTH = 2, 256
@@ -73,7 +82,7 @@ def four_ranks() -> Iterator[None]:
 def test_parameters_and_moments_are_those_of_the_model(preset: str, count: int) -> None:
     cfg = PRESETS[preset]
     model = meta_model(cfg)
-    memory = estimate.rank_memory(cfg, parameters_of(model), Work(1, 2048), Layout(), Stage(cfg.n_layers), True)
+    memory = rank_memory(cfg, parameters_of(model), Work(1, 2048), Layout(), Stage(cfg.n_layers), True)
     assert memory.parameters == memory.gradients == 4 * sum(p.numel() for p in model.parameters()) == 4 * count
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
@@ -103,7 +112,7 @@ def test_a_rank_holds_the_parts_that_the_host_gives_it(four_ranks: None, shards:
     shard_model(model, mesh["dp_replicate", "fsdp"], SimpleNamespace(pp_enabled=False), job)  # type: ignore[arg-type]
     for mine, parameter in zip(parameters, model.parameters(), strict=True):
         assert mine.numel(tp, shards) == parameter.to_local().numel(), mine  # type: ignore[attr-defined]
-    found = estimate.rank_memory(
+    found = rank_memory(
         cfg, parameters, Work(1, 64), Layout(4 // shards // tp, shards, 1, tp), Stage(cfg.n_layers), True
     )
     assert found.parameters == sum(4 * p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
@@ -122,7 +131,7 @@ def test_the_float32_group_is_the_hosts(options: dict[str, Any]) -> None:
 def test_stages_share_all_parameters_out() -> None:
     parameters = parameters_of(meta_model(PRESETS["debug"]))
     stages = [Stage(1, True, False), Stage(2, False, False), Stage(1, False, True)]
-    counts = [sum(p.numel() for p in estimate.parameters_on(parameters, stage)) for stage in stages]
+    counts = [sum(p.numel() for p in parameters_on(parameters, stage)) for stage in stages]
     assert sum(counts) == sum(p.numel() for p in parameters)
 
 
@@ -195,7 +204,7 @@ def test_what_a_layer_keeps(dtype: torch.dtype, mode: str, options: Any, monkeyp
     x = torch.randn(ROWS, LENGTH, SIZES["dim"], dtype=dtype, requires_grad=True)
     measured = bytes_kept(model, mode, x, monkeypatch)
     work = Work(ROWS, LENGTH, low_bytes=dtype.itemsize, gpu=False)
-    found = estimate.saved_by_layer(model.cfg, work, Layout(), mode)
+    found = saved_by_layer(model.cfg, work, Layout(), mode)
     assert found == pytest.approx(measured, rel=WITHIN)
 
 
@@ -216,28 +225,28 @@ def test_what_a_layer_keeps_on_one_of_several_ranks(
     x = torch.randn(ROWS, length, width, dtype=torch.bfloat16, requires_grad=True)
     measured = bytes_kept(model, mode, x, monkeypatch)
     layout = Layout(dp_shard=2, **{dimension: 4})  # type: ignore[arg-type]
-    found = estimate.saved_by_layer(model.cfg, Work(ROWS, LENGTH, gpu=False), layout, mode)
+    found = saved_by_layer(model.cfg, Work(ROWS, LENGTH, gpu=False), layout, mode)
     assert found == pytest.approx(measured, rel=WITHIN)
 
 
 def test_layers_checkpointed_in_turn() -> None:
     cfg, layout = MegalodonConfig(**SIZES), Layout()
-    full, none = (estimate.saved_by_layer(cfg, Work(1, 64), layout, mode) for mode in ("full", "none"))
+    full, none = (saved_by_layer(cfg, Work(1, 64), layout, mode) for mode in ("full", "none"))
     work = Work(1, 64, checkpointing="2")
-    assert estimate.saved_by_layers(cfg, work, layout, 5) == 2 * full + 3 * none
+    assert saved_by_layers(cfg, work, layout, 5) == 2 * full + 3 * none
 
 
 def test_parts_of_the_logits() -> None:
     cfg = PRESETS["released_1.3B"]
-    whole = estimate.loss_bytes(cfg, Work(1, 4096), Layout(dp_shard=2))
+    whole = loss_bytes(cfg, Work(1, 4096), Layout(dp_shard=2))
     assert whole == 4096 * 32000 * 2 * 2
-    assert estimate.loss_bytes(cfg, Work(1, 4096), Layout(dp_shard=2, tp=2)) == whole / 2
-    assert estimate.loss_bytes(cfg, Work(1, 4096, compiled_loss=False), Layout(dp_shard=2)) == 3 * whole
-    assert estimate.loss_bytes(cfg, Work(1, 4096, loss_parallel=False), Layout(dp_shard=2, tp=2)) > whole
+    assert loss_bytes(cfg, Work(1, 4096), Layout(dp_shard=2, tp=2)) == whole / 2
+    assert loss_bytes(cfg, Work(1, 4096, compiled_loss=False), Layout(dp_shard=2)) == 3 * whole
+    assert loss_bytes(cfg, Work(1, 4096, loss_parallel=False), Layout(dp_shard=2, tp=2)) > whole
     in_parts = Work(1, 4096, loss_rows=1024)
     gradients = 2 * 4096 * cfg.dim + 4 * cfg.n_outputs * cfg.dim
-    assert estimate.loss_bytes(cfg, in_parts, Layout(dp_shard=2)) == whole / 4 + gradients
-    assert estimate.loss_bytes(cfg, in_parts, Layout(dp_shard=2, tp=2)) == whole / 2
+    assert loss_bytes(cfg, in_parts, Layout(dp_shard=2)) == whole / 4 + gradients
+    assert loss_bytes(cfg, in_parts, Layout(dp_shard=2, tp=2)) == whole / 2
 
 
 # Exchanges
