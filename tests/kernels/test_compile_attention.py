@@ -1,11 +1,8 @@
 """The Triton kernels of chunk attention compile for Hopper, use its matrix units, and fit into its shared memory."""
 
-import subprocess
-import sys
-
 import pytest
 
-from support.processes import HANG_S
+from support.processes import run_python
 
 pytest.importorskip("triton")
 
@@ -59,8 +56,8 @@ print(made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"))
 def test_kernel_compiles_for_hopper(kernel: str, tmp_path) -> None:
     script = tmp_path / "compile_kernel.py"  # Triton reads a kernel's source from its file
     script.write_text(COMPILE)
-    done = subprocess.run([sys.executable, str(script), kernel], capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0, done.stderr[-3000:]
-    shared, products = (int(number) for number in done.stdout.split())
+    done = run_python(script, kernel)
+    assert done.returncode == 0, done.stdout[-3000:]
+    shared, products = (int(number) for number in done.stdout.splitlines()[-1].split())
     assert 0 < shared <= SHARED_BYTES
     assert products > 0

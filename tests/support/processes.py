@@ -102,7 +102,7 @@ def wait_for(started: Sequence[BaseProcess]) -> None:
 def run_python(
     *words: str | Path, ranks: int = 1, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m MODULE ...` or `python -c CODE ...` to its end, on every rank.
+    """Run `python -m MODULE ...`, `python -c CODE ...` or `python FILE ...` to its end, on every rank.
 
     `returncode` is 0 if all ended well; `stdout` is all that the ranks wrote, to stderr too.
     """
@@ -144,11 +144,14 @@ def _python(log: Path, words: list[str]) -> None:
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    flag, what, *arguments = words
-    sys.argv = [flag, *arguments]
+    flag = words.pop(0) if words[0] in ("-m", "-c") else None
+    what, *arguments = words
+    sys.argv = [flag or what, *arguments]
     # A default that the host evaluates when it is imported: the arguments of the program.
     ConfigManager.parse_args.__defaults__ = (arguments,)
     if flag == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
+    elif flag == "-c":
         exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(what, run_name="__main__")

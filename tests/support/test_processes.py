@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -60,11 +61,13 @@ def test_ranks_that_hang_are_ended(tmp_path, monkeypatch: pytest.MonkeyPatch) ->
     assert not [path for path in tmp_path.iterdir() if psutil.pid_exists(int(path.name))]
 
 
-def test_python_is_run_as_from_a_command_line() -> None:
+def test_python_is_run_as_from_a_command_line(tmp_path: Path) -> None:
     code = "import os, sys; print(sys.argv[1:], os.environ['RANK'], os.environ.get('MINE'), flush=True)"
     done = run_python("-c", code, "a", "b", ranks=2, environment={"MINE": "x"})
     assert done.returncode == 0
     assert sorted(done.stdout.splitlines()) == ["['a', 'b'] 0 x", "['a', 'b'] 1 x"]
+    (tmp_path / "program.py").write_text("import sys; print(sys.argv[1:])")
+    assert run_python(tmp_path / "program.py", "a").stdout == "['a']\n"
     done = run_python("-m", "json.tool", "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage:")
     done = run_python("-c", "import sys; sys.exit('a reason')")

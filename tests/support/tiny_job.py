@@ -76,13 +76,6 @@ def read_job(config: Path, *options: str) -> Any:
     return ConfigManager().parse_args(["--job.config_file", str(config), *options])
 
 
-def environment() -> dict[str, str]:
-    """Of a single process that is started as a program: its rank, and where the tests' own modules are."""
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    paths = [*map(str, Path(__file__).parents[1:3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | rank | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-
-
 def train(config: Path, *options: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run the job to its end. `stdout` of the result is the whole log."""
     return run_python("-m", "megalodon_plugin.cli.train", "--job.config_file", config, *options, ranks=processes)
@@ -95,10 +88,12 @@ def torchrun(
 
     A single process does without torchrun.
     """
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    paths = filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
     start = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     return subprocess.run(
         [sys.executable, "-m", *(start if processes > 1 else []), module, "--job.config_file", str(config), *options],
-        env=environment(),
+        env=os.environ | rank | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
