@@ -9,8 +9,7 @@ from megalodon_plugin.parallel.layout import Layout
 from megalodon_plugin.planning.job import planned_job
 from megalodon_plugin.planning.traffic import Exchange
 
-Exchanged = dict[str, dict[str, list[float]]]
-"""dimension -> kind -> [messages, bytes of all parts together (of an all-reduce the whole tensors)]"""
+from .results import Exchanged
 
 SINGLE_NUMBERS = 16  # bytes: the loss, norms and counts of tokens
 PADDING = 0.1

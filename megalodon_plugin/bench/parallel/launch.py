@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from .rank import Task
-from .rows import Row
+from .results import Row
 
 ALLOCATOR = "expandable_segments:True"
 """As the host's start script sets it."""

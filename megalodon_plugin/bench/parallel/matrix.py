@@ -24,7 +24,8 @@ from ..train.job import TrainingJob
 from .launch import run_tasks
 from .rank import Task
 from .report import draw_matrix
-from .rows import Row, check_against_single, logged, reason_of
+from .results import MatrixRow, Outcome, Row
+from .rows import check_against_single, logged, reason_of
 
 SMALL = {
     "flavor": "debug",
@@ -180,7 +181,7 @@ def _moving(entry: Entry, moves: int, texts: Path, folder: Path, host: dict[str,
     return task_of(entry, texts, moves * STEPS_OF_A_MOVE, folder=str(folder), host_options=host)
 
 
-def check(entry: Entry, ranks: list[Row], single: Row) -> Row:
+def check(entry: Entry, ranks: list[Row], single: Row) -> Outcome:
     """How far the ranks' losses, gradient norms and validations are from those of one process, whose row is `single`.
 
     "deviation" is the largest relative difference; "failed" says what is out of bounds, also inside a record.
@@ -203,15 +204,18 @@ def check(entry: Entry, ranks: list[Row], single: Row) -> Row:
             return {"deviation": None, "failed": f"validations must be as many as one process', but are {validation}"}
         pairs = zip(validation, validation_of_single, strict=True)
         losses += [_relative(a["validation_metrics/loss"], b["validation_metrics/loss"]) for a, b in pairs]
-    row: Row = {"deviation": max(*losses, *norms)}
+    far = max(*losses, *norms)
+    row: Outcome = {"deviation": far}
     failures = list(_failures(entry, training, training_of_single))
     if max(losses) > entry.most[0] or max(norms) > entry.most[1]:
         failures.append(f"losses are off by {max(losses):.1e}, gradient norms by {max(norms):.1e}")
     if entry.least is not None:
         steps = zip(losses, norms, strict=False)
-        if row["deviation"] <= entry.least or any(max(step) == 0 for step in steps):
-            failures.append(f"losses and gradient norms are off by {row['deviation']:.1e} only: precision is not lower")
-    return row | ({"failed": "; ".join(failures)} if failures else {})
+        if far <= entry.least or any(max(step) == 0 for step in steps):
+            failures.append(f"losses and gradient norms are off by {far:.1e} only: precision is not lower")
+    if failures:
+        row["failed"] = "; ".join(failures)
+    return row
 
 
 def _failures(entry: Entry, training: list[Row], single: list[Row]) -> Iterator[str]:
@@ -270,7 +274,7 @@ class Matrix:
     """Runs entries by number of processes, and what they are compared with before them."""
 
     def __init__(self, out: Path, timeout: float):
-        self.out, self.timeout, self.rows = out, timeout, list[Row]()
+        self.out, self.timeout, self.rows = out, timeout, list[MatrixRow]()
         self.texts = write_texts(out / "texts")
 
     def run(self, tasks: Sequence[Task]) -> Iterator[list[Row]]:
@@ -300,14 +304,15 @@ class Matrix:
         *last_moved, unbroken = self.run([last, task_without_moves(self.texts, self.out / "unbroken")])
         self._add(" -> ".join(MOVES), 2, begin, check_move([*moved, *last_moved], unbroken))
 
-    def _add(self, name: str, processes: int, begin: float, found: Row) -> None:
-        row = {"layout": name, "processes": processes, **found, "seconds": round(time.perf_counter() - begin, 1)}
+    def _add(self, name: str, processes: int, begin: float, found: Outcome) -> None:
+        seconds = round(time.perf_counter() - begin, 1)
+        row: MatrixRow = {"layout": name, "processes": processes, **found, "seconds": seconds}
         self.rows.append(row)
         result = f"FAILED: {row['failed']}" if "failed" in row else f"{row['deviation']:.1e}"
         print(f"{name:36} {processes} processes  {result}", flush=True)
 
 
-def check_move(moves: list[list[Row]], unbroken: list[Row]) -> Row:
+def check_move(moves: list[list[Row]], unbroken: list[Row]) -> Outcome:
     """How far the steps of a checkpoint that has moved are from those of one process; `moves` are the ranks of each."""
     reason = next(filter(None, map(reason_of, [*moves, unbroken])), None)
     if reason is not None:

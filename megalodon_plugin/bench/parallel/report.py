@@ -5,7 +5,7 @@ from typing import Any
 
 from megalodon_plugin.files import new_figure, write_figure
 
-from .rows import Row
+from .results import CheckRow, MatrixRow, ParallelResults, Row
 
 HEADER = (
     f"{'':>9} {'size':>8} {'model':>9} {'layout':>21} {'GPUs':>4} {'rows x length':>14} {'tokens/s':>10} {'GiB':>6} "
@@ -35,7 +35,7 @@ def table(rows: list[Row], header: bool = True) -> str:
     return "\n".join(lines)
 
 
-def check_line(row: Row) -> str:
+def check_line(row: CheckRow) -> str:
     """What a check of a layout found."""
     about = f"    check {row['layout']:>21} {row['gpus']:>4} processes, {row['dtype']:>8}"
     if "failed" in row:
@@ -52,7 +52,7 @@ def _form(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def draw(results: dict[str, Any], picture: Path) -> None:
+def draw(results: ParallelResults, picture: Path) -> None:
     """Weak and strong scaling against the number of GPUs, a line for each kind of layout.
 
     Bars of efficiencies where one or two numbers of GPUs make no lines, and for simulated steps.
@@ -135,11 +135,11 @@ def _bars(axis: Any, rows: list[Row], kind: str) -> None:
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2)
 
 
-def draw_matrix(rows: list[Row], tolerance: float, steps: int, picture: Path) -> None:
+def draw_matrix(rows: list[MatrixRow], tolerance: float, steps: int, picture: Path) -> None:
     """A bar for each layout of the matrix: its deviation from one process."""
     figure = new_figure(8, 0.28 * len(rows) + 1.2, layout="constrained")
     axes = figure.subplots()
-    axes.barh([row["layout"] for row in rows], [max(row["deviation"], 1e-9) for row in rows], color="tab:blue")
+    axes.barh([row["layout"] for row in rows], [max(row["deviation"] or 0.0, 1e-9) for row in rows], color="tab:blue")
     axes.axvline(tolerance, color="tab:red", label="allowed")
     axes.set_xscale("log")
     axes.set_xlim(1e-9, 1e-3)

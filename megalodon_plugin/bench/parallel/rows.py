@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Row = dict[str, Any]
+from .results import Outcome, Row
 
 
 def merged(ranks: list[Row]) -> Row:
@@ -76,10 +76,10 @@ def deviation(found: Sequence[Sequence[float]], expected: Sequence[Sequence[floa
     return max(abs(a - b) / abs(b) for a, b in pairs) if found_all else None
 
 
-def check_against_single(ranks: list[Row], single: list[list[float]], tolerance: float) -> Row:
-    """A check's row: how far losses and gradient norms are from `single`'s, and counted exchanges from formulas."""
+def check_against_single(ranks: list[Row], single: list[list[float]], tolerance: float) -> Outcome:
+    """How far losses and gradient norms are from `single`'s, and counted exchanges from formulas."""
     far = deviation(logged(ranks), single)
-    row: Row = {"deviation": far}
+    row: Outcome = {"deviation": far}
     if all("exchanges" in rank for rank in ranks):
         row["differences"] = [f"rank {n}: {text}" for n, rank in enumerate(ranks) for text in rank["differences"]]
         row["exchanges"] = {str(n): rank["exchanges"] for n, rank in enumerate(ranks)}

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,7 +31,8 @@ from .matrix import SMALL_TOLERANCES, small_task
 from .options import ParallelOptions
 from .rank import Task, run_task
 from .report import check_line, draw, table
-from .rows import Row, add_ratios, check_against_single, comparison_key, logged, merged, reason_of
+from .results import CheckRow, Outcome, ParallelResults, Row
+from .rows import add_ratios, check_against_single, comparison_key, logged, merged, reason_of
 from .scenarios import (
     Scenario,
     default_layouts,
@@ -41,6 +42,8 @@ from .scenarios import (
     weak,
 )
 from .simulate import simulated_row
+
+Subject = TypeVar("Subject")
 
 
 def run_bench_parallel(options: ParallelOptions) -> int:
@@ -52,7 +55,7 @@ def run_bench_parallel(options: ParallelOptions) -> int:
     on_gpu = torch.cuda.is_available()
     gpus = options.gpus or (torch.cuda.device_count() if on_gpu else 2)
     layouts = _checked_layouts(options, gpus, on_gpu)
-    results: dict[str, Any] = {
+    results: ParallelResults = {
         # Ranks report which GPU; this process takes no memory of it.
         **environment("GPU" if on_gpu else "CPU", options.commit),
         "backend": "nccl" if on_gpu else "gloo",
@@ -100,7 +103,7 @@ def _checked_layouts(options: ParallelOptions, gpus: int, on_gpu: bool) -> list[
 class ParallelBench:
     """The three parts; rows are added to `results`, which is written after each."""
 
-    def __init__(self, options: ParallelOptions, results: dict[str, Any], on_gpu: bool):
+    def __init__(self, options: ParallelOptions, results: ParallelResults, on_gpu: bool):
         self.options, self.results, self.on_gpu = options, results, on_gpu
         self.log = options.out / "parallel.log"
         self.log.unlink(missing_ok=True)
@@ -119,14 +122,15 @@ class ParallelBench:
             scenarios = [(layout, low) for layout in layouts if layout.gpus == gpus for low in (False, True)]
             tasks = [small_task(layout, low) for layout, low in scenarios]
             for (layout, low), ranks in self._run(scenarios, tasks):
-                row: Row = {"layout": str(layout), "gpus": gpus, "dtype": "bfloat16" if low else "float32"}
                 reason = reason_of(ranks)
                 if reason is None and layout == ONE_RANK:
                     single[low] = logged(ranks)
                 if reason is not None or low not in single:
-                    row["failed"] = reason or "one process failed"
+                    outcome: Outcome = {"deviation": None, "failed": reason or "one process failed"}
                 else:
-                    row |= check_against_single(ranks, single[low], SMALL_TOLERANCES[low])
+                    outcome = check_against_single(ranks, single[low], SMALL_TOLERANCES[low])
+                dtype = "bfloat16" if low else "float32"
+                row: CheckRow = {"layout": str(layout), "gpus": gpus, "dtype": dtype, **outcome}
                 if "failed" in row:
                     failed.add(row["layout"])
                 self.results["checks"].append(row)
@@ -134,10 +138,10 @@ class ParallelBench:
                 self.write()
         return failed
 
-    def _run(self, scenarios: list[Any], tasks: list[Task]) -> Iterator[tuple[Any, list[Row]]]:
-        """Each scenario with the results of its ranks."""
+    def _run(self, subjects: Sequence[Subject], tasks: list[Task]) -> Iterator[tuple[Subject, list[Row]]]:
+        """Each subject, of which there is one a task, with the results of its ranks."""
         with closing(run_tasks(tasks, self.options.timeout, self.log)) as results:
-            yield from zip(scenarios, results, strict=True)
+            yield from zip(subjects, results, strict=True)
 
     def time(self, layouts: Sequence[Layout]) -> None:
         """Weak scaling for each number of tokens a GPU, strong scaling for each length."""

@@ -8,7 +8,7 @@ from megalodon_plugin.planning.step_time import simulate_step
 from megalodon_plugin.titan.command_line import read_job
 
 from ..train.job import TrainingJob
-from .rows import Row
+from .results import Row
 from .scenarios import Scenario
 
 FORWARD_SHARE = {"none": 1 / 3, "selective": 1 / 3, "full": 1 / 4}
