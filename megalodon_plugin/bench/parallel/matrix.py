@@ -286,8 +286,11 @@ class Matrix:
         for entry in entries.values():
             singles += [entry.single] if entry.single not in singles else []
         found = [ranks[0] for ranks in self.run([task_of(single, self.texts) for single in singles])]
-        for processes in sorted({entry.layout.gpus for entry in entries.values()}):
-            chosen = {name: entry for name, entry in entries.items() if entry.layout.gpus == processes}
+        groups: dict[tuple[int, str], dict[str, Entry]] = {}
+        for name, entry in entries.items():
+            # PyTorch's compiler fails for some graphs after those of another layout: a compiled entry has new ranks.
+            groups.setdefault((entry.layout.gpus, name if entry.compiled else ""), {})[name] = entry
+        for (processes, _), chosen in sorted(groups.items()):
             begin = time.perf_counter()
             results = self.run([task_of(entry, self.texts) for entry in chosen.values()])
             for (name, entry), ranks in zip(chosen.items(), results, strict=True):
