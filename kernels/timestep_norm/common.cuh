@@ -1,8 +1,8 @@
 // What the forward and the backward pass of TimestepNorm share: who owns what, vectors, and sums over time.
 //
-// A sequence is one group of one batch row: `length` steps of FEATURES numbers. `blocks` blocks walk it in tiles of
-// TILE steps; block k takes tiles k, k + blocks, ... In a tile, a warp owns TEAMS * STEPS consecutive steps; a team of
-// LANES lanes holds STEPS consecutive ones, each lane the same vectors of VECTOR features of every step; and the lane
+// A sequence is one group of one batch row: `length` steps of kFeatures numbers. `blocks` blocks walk it in tiles of
+// kTileSteps steps; block k takes tiles k, k + blocks, ... In a tile, a warp owns kTeams * kSteps consecutive steps; a team of
+// kLanes lanes holds kSteps consecutive ones, each lane the same vectors of kVector features of every step; and the lane
 // that is member i of its team keeps the numbers of the team's step i (means, counts), so that lanes are in time order
 // and one scan over a warp is a scan over time. The backward pass counts steps from the end and is otherwise the same.
 //
@@ -11,56 +11,64 @@
 // sums, as soon as it has them, and reads those of the tiles between its last tile and this one: nobody waits for a
 // chain. Blocks of one sequence wait for each other, so they must all be on the GPU at once (a cooperative launch).
 //
-// Macros: FEATURES of a group; ACTIVATION_BYTES 2 (bfloat16) or 4 (float32); VECTOR features a load; LANES, STEPS;
-// THREADS of a block and MIN_BLOCKS on a multiprocessor; KEEP 1 where a tile is held in registers, 0 where it is read
-// again (large groups; then a block is one warp); MASKED 1 with a padding mask.
+// The macros that the compiler is given are bound here, once; everything else reads these constants.
 #pragma once
 #include "primitives.cuh"
 
-constexpr int WARPS = THREADS / 32;
-constexpr int TEAMS = 32 / LANES;
-constexpr int WARP_STEPS = TEAMS * STEPS;
-constexpr int TILE = WARPS * WARP_STEPS;
-constexpr int CHUNKS = (FEATURES / VECTOR + LANES - 1) / LANES;  // vectors a lane has of a step
-constexpr bool EVEN = CHUNKS * LANES * VECTOR == FEATURES;       // otherwise the last vectors of some lanes are empty
-constexpr int VECTOR_BYTES = VECTOR * ACTIVATION_BYTES;
-constexpr int WORDS = VECTOR_BYTES < 4 ? 1 : VECTOR_BYTES / 4;
-constexpr int PADDED = CHUNKS * LANES * VECTOR;  // features with those empty vectors
-constexpr int UNROLLED_CHUNKS = KEEP ? CHUNKS : 1;
-static_assert(STEPS <= LANES && FEATURES % VECTOR == 0 && THREADS % 32 == 0 && (KEEP || (STEPS == 1 && WARPS == 1)));
+constexpr int kFeatures = FEATURES;                 // of a group
+constexpr int kActivationBytes = ACTIVATION_BYTES;  // 2 (bfloat16) or 4 (float32)
+constexpr int kVector = VECTOR;                     // features a load
+constexpr int kLanes = LANES;                       // of a team
+constexpr int kSteps = STEPS;                       // that a team holds
+constexpr int kThreads = THREADS;                   // of a block
+constexpr int kMinBlocks = MIN_BLOCKS;              // of them on a multiprocessor
+constexpr bool kKeep = KEEP;      // a tile is held in registers; else read again (large groups; a block is then one warp)
+constexpr bool kMasked = MASKED;  // there is a padding mask
+
+constexpr int kWarps = kThreads / 32;
+constexpr int kTeams = 32 / kLanes;
+constexpr int kWarpSteps = kTeams * kSteps;
+constexpr int kTileSteps = kWarps * kWarpSteps;
+constexpr int kChunks = (kFeatures / kVector + kLanes - 1) / kLanes;  // vectors a lane has of a step
+constexpr bool kEven = kChunks * kLanes * kVector == kFeatures;       // otherwise the last vectors of some lanes are empty
+constexpr int kVectorBytes = kVector * kActivationBytes;
+constexpr int kWords = kVectorBytes < 4 ? 1 : kVectorBytes / 4;
+constexpr int kPadded = kChunks * kLanes * kVector;  // features with those empty vectors
+constexpr int kUnrolledChunks = kKeep ? kChunks : 1;
+static_assert(kSteps <= kLanes && kFeatures % kVector == 0 && kThreads % 32 == 0 && (kKeep || (kSteps == 1 && kWarps == 1)));
 
 // Blocks a multiprocessor must hold. From compute capability 10 on the compiler works on pairs of registers and needs
 // more of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int RESIDENT = MIN_BLOCKS > 2 ? MIN_BLOCKS - 1 : MIN_BLOCKS;
+constexpr int kResident = kMinBlocks > 2 ? kMinBlocks - 1 : kMinBlocks;
 #else
-constexpr int RESIDENT = MIN_BLOCKS;
+constexpr int kResident = kMinBlocks;
 #endif
 
 struct Vector {
-  unsigned words[WORDS];
+  unsigned words[kWords];
 };
 
 __device__ __forceinline__ Vector no_vector() {
   Vector v;
 #pragma unroll
-  for (int i = 0; i < WORDS; i++) v.words[i] = 0;
+  for (int i = 0; i < kWords; i++) v.words[i] = 0;
   return v;
 }
 
 __device__ __forceinline__ Vector load_vector(const unsigned char* address) {
   Vector v;
-  if constexpr (VECTOR_BYTES == 16) {
+  if constexpr (kVectorBytes == 16) {
     const uint4 u = load_once(address);
     v.words[0] = u.x;
     v.words[1] = u.y;
     v.words[2] = u.z;
     v.words[3] = u.w;
-  } else if constexpr (VECTOR_BYTES == 8) {
+  } else if constexpr (kVectorBytes == 8) {
     const uint2 u = *reinterpret_cast<const uint2*>(address);
     v.words[0] = u.x;
     v.words[1] = u.y;
-  } else if constexpr (VECTOR_BYTES == 4) {
+  } else if constexpr (kVectorBytes == 4) {
     v.words[0] = *reinterpret_cast<const unsigned*>(address);
   } else {
     v.words[0] = *reinterpret_cast<const unsigned short*>(address);
@@ -69,50 +77,50 @@ __device__ __forceinline__ Vector load_vector(const unsigned char* address) {
 }
 
 __device__ __forceinline__ void store_vector(unsigned char* address, const Vector& v) {
-  if constexpr (VECTOR_BYTES == 16) {
+  if constexpr (kVectorBytes == 16) {
     uint4 u;
     u.x = v.words[0];
     u.y = v.words[1];
     u.z = v.words[2];
     u.w = v.words[3];
     store_once(address, u);
-  } else if constexpr (VECTOR_BYTES == 8) {
+  } else if constexpr (kVectorBytes == 8) {
     uint2 u;
     u.x = v.words[0];
     u.y = v.words[1];
     *reinterpret_cast<uint2*>(address) = u;
-  } else if constexpr (VECTOR_BYTES == 4) {
+  } else if constexpr (kVectorBytes == 4) {
     *reinterpret_cast<unsigned*>(address) = v.words[0];
   } else {
     *reinterpret_cast<unsigned short*>(address) = static_cast<unsigned short>(v.words[0]);
   }
 }
 
-__device__ __forceinline__ void unpack(const Vector& v, float (&f)[VECTOR]) {
+__device__ __forceinline__ void unpack(const Vector& v, float (&f)[kVector]) {
 #pragma unroll
-  for (int e = 0; e < VECTOR; e++) {
-    if constexpr (ACTIVATION_BYTES == 4)
+  for (int e = 0; e < kVector; e++) {
+    if constexpr (kActivationBytes == 4)
       f[e] = __uint_as_float(v.words[e]);
     else
       f[e] = e % 2 ? bf16_high(v.words[e / 2]) : bf16_low(v.words[e / 2]);
   }
 }
 
-__device__ __forceinline__ Vector pack(const float (&f)[VECTOR]) {
+__device__ __forceinline__ Vector pack(const float (&f)[kVector]) {
   Vector v;
 #pragma unroll
-  for (int w = 0; w < WORDS; w++) {
-    if constexpr (ACTIVATION_BYTES == 4)
+  for (int w = 0; w < kWords; w++) {
+    if constexpr (kActivationBytes == 4)
       v.words[w] = __float_as_uint(f[w]);
     else
-      v.words[w] = pack_bf16(f[2 * w], 2 * w + 1 < VECTOR ? f[(2 * w + 1) % VECTOR] : 0.0f);
+      v.words[w] = pack_bf16(f[2 * w], 2 * w + 1 < kVector ? f[(2 * w + 1) % kVector] : 0.0f);
   }
   return v;
 }
 
 // One number of feature `f`, for what is read too seldom to need vectors.
 __device__ __forceinline__ float load_one(const unsigned char* row, int f) {
-  if constexpr (ACTIVATION_BYTES == 4)
+  if constexpr (kActivationBytes == 4)
     return reinterpret_cast<const float*>(row)[f];
   else
     return __uint_as_float(static_cast<unsigned>(reinterpret_cast<const unsigned short*>(row)[f]) << 16);
@@ -124,13 +132,13 @@ struct Place {
   __device__ __forceinline__ Place() {
     lane = threadIdx.x % 32;
     warp = threadIdx.x / 32;
-    member = lane % LANES;
+    member = lane % kLanes;
     team_lane = lane - member;
   }
   // Step of a tile that the team begins with.
-  __device__ __forceinline__ int first_step() const { return warp * WARP_STEPS + lane / LANES * STEPS; }
-  __device__ __forceinline__ int feature(int chunk) const { return (chunk * LANES + member) * VECTOR; }
-  __device__ __forceinline__ bool has(int chunk) const { return EVEN || feature(chunk) < FEATURES; }
+  __device__ __forceinline__ int first_step() const { return warp * kWarpSteps + lane / kLanes * kSteps; }
+  __device__ __forceinline__ int feature(int chunk) const { return (chunk * kLanes + member) * kVector; }
+  __device__ __forceinline__ bool has(int chunk) const { return kEven || feature(chunk) < kFeatures; }
 };
 
 // Where the steps of a team lie, in every tensor like x.
@@ -141,13 +149,13 @@ struct Span {
     return i < count && place.has(chunk);
   }
   __device__ __forceinline__ long long at(int i, int chunk, long long step_bytes) const {
-    return offset + i * step_bytes + chunk * (LANES * VECTOR_BYTES);
+    return offset + i * step_bytes + chunk * (kLanes * kVectorBytes);
   }
 };
 
 // The numbers of a team's steps, of one tensor.
 struct Rows {
-  Vector kept[KEEP ? STEPS : 1][KEEP ? CHUNKS : 1];
+  Vector kept[kKeep ? kSteps : 1][kKeep ? kChunks : 1];
 
   static __device__ __forceinline__ Vector read(const unsigned char* tensor, const Span& span, const Place& place,
                                                 int i, int chunk, long long step_bytes) {
@@ -155,16 +163,16 @@ struct Rows {
   }
   __device__ __forceinline__ void load(const unsigned char* tensor, const Span& span, const Place& place,
                                        long long step_bytes) {
-    if constexpr (KEEP) {
+    if constexpr (kKeep) {
 #pragma unroll
-      for (int i = 0; i < STEPS; i++)
+      for (int i = 0; i < kSteps; i++)
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) kept[i][c] = read(tensor, span, place, i, c, step_bytes);
+        for (int c = 0; c < kChunks; c++) kept[i][c] = read(tensor, span, place, i, c, step_bytes);
     }
   }
   __device__ __forceinline__ Vector get(const unsigned char* tensor, const Span& span, const Place& place, int i,
                                         int chunk, long long step_bytes) const {
-    if constexpr (KEEP) return kept[i][chunk];
+    if constexpr (kKeep) return kept[i][chunk];
     return read(tensor, span, place, i, chunk, step_bytes);
   }
 };
@@ -177,7 +185,7 @@ __device__ __forceinline__ void choose(float& chosen, bool mine, float value) {
 
 __device__ __forceinline__ float sum_team(float value) {
 #pragma unroll
-  for (int mask = LANES / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
+  for (int mask = kLanes / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
   return value;
 }
 
@@ -211,11 +219,11 @@ __device__ __forceinline__ Sums scan_warp(Sums s, int lane) {
 
 // The sums over everything before each tile, for one sequence and one of its blocks.
 struct OverTime {
-  static constexpr int SHARED_SUMS = 2 * WARPS + 1;
+  static constexpr int kSharedSums = 2 * kWarps + 1;
   Sums* totals;     // (tiles,) of this sequence, global; unused with one block
   unsigned* flags;  // (tiles,) 0 until the total is there
   int blocks;
-  Sums* shared;  // SHARED_SUMS
+  Sums* shared;  // kSharedSums
   Sums carry;    // over the tiles so far
   int parity;
 
@@ -223,13 +231,13 @@ struct OverTime {
   // tile. One barrier, and a second one where blocks share the sequence.
   __device__ __forceinline__ Sums add(Sums mine, const Place& place, int tile) {
     mine = scan_warp(mine, place.lane);
-    Sums* warps = shared + parity * WARPS;  // two in turn: a slow warp may still read the last tile's
+    Sums* warps = shared + parity * kWarps;  // two in turn: a slow warp may still read the last tile's
     parity ^= 1;
     if (place.lane == 31) warps[place.warp] = mine;
     sync_block();
     Sums before = no_sums(), total = no_sums();
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) {
+    for (int w = 0; w < kWarps; w++) {
       if (w == place.warp) before = total;
       total = total + warps[w];
     }
@@ -254,10 +262,10 @@ struct OverTime {
             carry = carry + one;
           }
         }
-        if (place.lane == 0) shared[2 * WARPS] = carry;
+        if (place.lane == 0) shared[2 * kWarps] = carry;
       }
       sync_block();
-      carry = shared[2 * WARPS];
+      carry = shared[2 * kWarps];
     }
     mine = (carry + before) + mine;
     carry = carry + total;
@@ -266,19 +274,19 @@ struct OverTime {
 };
 
 // Gain or bias of a vector's features, from shared memory: registers are scarce where tiles are in flight.
-__device__ __forceinline__ void read_parameters(const float* shared_features, float (&f)[VECTOR]) {
-  if constexpr (VECTOR % 4 == 0) {
+__device__ __forceinline__ void read_parameters(const float* shared_features, float (&f)[kVector]) {
+  if constexpr (kVector % 4 == 0) {
 #pragma unroll
-    for (int e = 0; e < VECTOR; e += 4) {
+    for (int e = 0; e < kVector; e += 4) {
       const float4 four = *reinterpret_cast<const float4*>(shared_features + e);
       f[e] = four.x;
-      f[(e + 1) % VECTOR] = four.y;
-      f[(e + 2) % VECTOR] = four.z;
-      f[(e + 3) % VECTOR] = four.w;
+      f[(e + 1) % kVector] = four.y;
+      f[(e + 2) % kVector] = four.z;
+      f[(e + 3) % kVector] = four.w;
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < VECTOR; e++) f[e] = shared_features[e];
+    for (int e = 0; e < kVector; e++) f[e] = shared_features[e];
   }
 }
 

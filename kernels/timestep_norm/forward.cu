@@ -20,8 +20,8 @@ struct Params {
   const long long* count;     // (B,)
   const float* mean;          // (B, G)
   const float* var;           // (B, G)
-  const unsigned char* mask;  // (B, L), 1 at padding; only if MASKED
-  const int* steps;           // (B, L), unmasked steps up to and including each; only if MASKED
+  const unsigned char* mask;  // (B, L), 1 at padding; only if kMasked
+  const int* steps;           // (B, L), unmasked steps up to and including each; only if kMasked
   long long* last_count;
   float* last_mean;
   float* last_var;
@@ -39,7 +39,7 @@ __device__ __forceinline__ float pivot_of(const Params& p, const Sequence& at, c
                                           long long step_bytes, int lane) {
   if (p.count[at.row] > 0) return p.mean[at.row * p.groups + at.group];
   int first = 0;
-  if constexpr (MASKED) {
+  if constexpr (kMasked) {
     // The first step whose count is not 0, found 32 at a time.
     const int* steps = p.steps + at.row * p.length;
     int low = 0, width = static_cast<int>(p.length);
@@ -55,35 +55,35 @@ __device__ __forceinline__ float pivot_of(const Params& p, const Sequence& at, c
     if (first >= p.length) return 0.0f;
   }
   float sum = 0;
-  for (int f = lane; f < FEATURES; f += 32) sum += load_one(rows + first * step_bytes, f);
+  for (int f = lane; f < kFeatures; f += 32) sum += load_one(rows + first * step_bytes, f);
 #pragma unroll
   for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
-  return sum / FEATURES;
+  return sum / kFeatures;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(kThreads, kResident)
     timestep_norm_forward(const __grid_constant__ Params p) {
   const Place place;
   const Sequence at(p.groups, p.blocks);
-  const int length = static_cast<int>(p.length), tiles = (length + TILE - 1) / TILE;
+  const int length = static_cast<int>(p.length), tiles = (length + kTileSteps - 1) / kTileSteps;
   const long long sequence = at.row * p.groups + at.group;
-  const long long step_bytes = static_cast<long long>(p.groups) * (FEATURES * ACTIVATION_BYTES);
-  const long long offset = at.row * p.length * step_bytes + at.group * (FEATURES * ACTIVATION_BYTES);
-  const float* weight = p.weight + static_cast<long long>(at.group) * FEATURES;
-  const float* bias = p.bias + static_cast<long long>(at.group) * FEATURES;
+  const long long step_bytes = static_cast<long long>(p.groups) * (kFeatures * kActivationBytes);
+  const long long offset = at.row * p.length * step_bytes + at.group * (kFeatures * kActivationBytes);
+  const float* weight = p.weight + static_cast<long long>(at.group) * kFeatures;
+  const float* bias = p.bias + static_cast<long long>(at.group) * kFeatures;
 
   const long long saved = at.row * p.length * p.groups + static_cast<long long>(at.group) * p.group_stride;
 
   // What the owner of a step (member i of a team) needs to know of it before its tile begins.
   const auto is_valid = [&](int t) {
-    return place.member < STEPS && t < length && !(MASKED && p.mask[at.row * p.length + t]);
+    return place.member < kSteps && t < length && !(kMasked && p.mask[at.row * p.length + t]);
   };
-  const auto count_at = [&](int t) { return MASKED && t < length ? p.steps[at.row * p.length + t] : t + 1; };
-  const auto team_start = [&](int tile) { return tile * TILE + place.first_step(); };
+  const auto count_at = [&](int t) { return kMasked && t < length ? p.steps[at.row * p.length + t] : t + 1; };
+  const auto team_start = [&](int tile) { return tile * kTileSteps + place.first_step(); };
   const auto span_of = [&](int tile) {
     Span span;
     const int t = team_start(tile);
-    span.offset = offset + t * step_bytes + place.member * VECTOR_BYTES;
+    span.offset = offset + t * step_bytes + place.member * kVectorBytes;
     span.count = length - t;
     return span;
   };
@@ -99,11 +99,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   // Gain and bias, for each feature; the barrier before their first use is that of OverTime.
   Sums* shared_sums = reinterpret_cast<Sums*>(shared_memory());
-  float* shared_gain = reinterpret_cast<float*>(shared_sums + OverTime::SHARED_SUMS);  // [PADDED]
-  float* shared_bias = shared_gain + PADDED;
-  for (int f = threadIdx.x; f < PADDED; f += THREADS) {
-    shared_gain[f] = f < FEATURES ? weight[f] + 1.0f : 0.0f;
-    shared_bias[f] = f < FEATURES ? bias[f] : 0.0f;
+  float* shared_gain = reinterpret_cast<float*>(shared_sums + OverTime::kSharedSums);  // [kPadded]
+  float* shared_bias = shared_gain + kPadded;
+  for (int f = threadIdx.x; f < kPadded; f += kThreads) {
+    shared_gain[f] = f < kFeatures ? weight[f] + 1.0f : 0.0f;
+    shared_bias[f] = f < kFeatures ? bias[f] : 0.0f;
   }
 
   OverTime time;
@@ -126,54 +126,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       next_count = count_at(team_start(tile + p.blocks) + place.member);
     }
 
-    float centre[STEPS], off[STEPS], square[STEPS];
+    float centre[kSteps], off[kSteps], square[kSteps];
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) centre[i] = off[i] = square[i] = 0;
-#pragma unroll UNROLLED_CHUNKS
-    for (int c = 0; c < CHUNKS; c++)
+    for (int i = 0; i < kSteps; i++) centre[i] = off[i] = square[i] = 0;
+#pragma unroll kUnrolledChunks
+    for (int c = 0; c < kChunks; c++)
 #pragma unroll
-      for (int i = 0; i < STEPS; i++) {
-        float f[VECTOR];
+      for (int i = 0; i < kSteps; i++) {
+        float f[kVector];
         unpack(rows.get(p.x, span, place, i, c, step_bytes), f);
 #pragma unroll
-        for (int e = 0; e < VECTOR; e++) centre[i] += f[e];
+        for (int e = 0; e < kVector; e++) centre[i] += f[e];
       }
     float my_centre = 0, my_off = 0, my_square = 0;
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) {
-      centre[i] = sum_team(centre[i]) * (1.0f / FEATURES);
+    for (int i = 0; i < kSteps; i++) {
+      centre[i] = sum_team(centre[i]) * (1.0f / kFeatures);
       choose(my_centre, i == place.member, centre[i]);
     }
-#pragma unroll UNROLLED_CHUNKS
-    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll kUnrolledChunks
+    for (int c = 0; c < kChunks; c++)
 #pragma unroll
-      for (int i = 0; i < STEPS; i++) {
-        float f[VECTOR];
+      for (int i = 0; i < kSteps; i++) {
+        float f[kVector];
         unpack(rows.get(p.x, span, place, i, c, step_bytes), f);
 #pragma unroll
-        for (int e = 0; e < VECTOR; e++) {
+        for (int e = 0; e < kVector; e++) {
           const float d = place.has(c) ? f[e] - centre[i] : 0.0f;
           off[i] += d;
           square[i] = fmaf(d, d, square[i]);
         }
       }
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) {
+    for (int i = 0; i < kSteps; i++) {
       choose(my_off, i == place.member, sum_team(off[i]));
       choose(my_square, i == place.member, sum_team(square[i]));
     }
 
     Sums sums = no_sums();
     if (valid) {
-      const double d = my_off * (1.0 / FEATURES);
+      const double d = my_off * (1.0 / kFeatures);
       sums.first = (static_cast<double>(my_centre) - pivot) + d;
       // E (x - pivot)^2 = E (x - mu)^2 + (mu - pivot)^2; my_square is about centre = mu - d.
-      sums.second = (my_square * (1.0 / FEATURES) - d * d) + sums.first * sums.first;
+      sums.second = (my_square * (1.0 / kFeatures) - d * d) + sums.first * sums.first;
     }
     sums = time.add(sums, place, tile);
 
     float mean = 0, rstd = -1.0f;  // -1 says masked
-    if (place.member < STEPS && mine < length) {
+    if (place.member < kSteps && mine < length) {
       const long long n = count + counted;
       const double share = 1.0 / static_cast<double>(n > 0 ? n : 1);
       const double m = sums.first * share;
@@ -194,24 +194,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         p.last_var[sequence] = touched ? static_cast<float>(v) : p.var[sequence];
       }
     }
-    float means[STEPS], rstds[STEPS];
+    float means[kSteps], rstds[kSteps];
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) {
+    for (int i = 0; i < kSteps; i++) {
       means[i] = shuffle(mean, place.team_lane + i);
       rstds[i] = shuffle(rstd, place.team_lane + i);
     }
-#pragma unroll UNROLLED_CHUNKS
-    for (int c = 0; c < CHUNKS; c++) {
-      float gain[VECTOR], shift[VECTOR];
+#pragma unroll kUnrolledChunks
+    for (int c = 0; c < kChunks; c++) {
+      float gain[kVector], shift[kVector];
       read_parameters(shared_gain + place.feature(c), gain);
       read_parameters(shared_bias + place.feature(c), shift);
 #pragma unroll
-      for (int i = 0; i < STEPS; i++) {
-        float f[VECTOR];
+      for (int i = 0; i < kSteps; i++) {
+        float f[kVector];
         unpack(rows.get(p.x, span, place, i, c, step_bytes), f);
 #pragma unroll
-        for (int e = 0; e < VECTOR; e++) f[e] = fmaf((f[e] - means[i]) * rstds[i], gain[e], shift[e]);
-        const Vector v = MASKED && rstds[i] < 0 ? no_vector() : pack(f);
+        for (int e = 0; e < kVector; e++) f[e] = fmaf((f[e] - means[i]) * rstds[i], gain[e], shift[e]);
+        const Vector v = kMasked && rstds[i] < 0 ? no_vector() : pack(f);
         if (span.has(place, i, c)) store_vector(p.y + span.at(i, c, step_bytes), v);
       }
     }
