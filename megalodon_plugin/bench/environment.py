@@ -64,9 +64,9 @@ def device_of(results: Mapping[str, Any]) -> str:
 
 def _commit() -> str:
     here = str(Path(__file__).parent)
-    commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
-    if commit is None:
-        return "unknown"
+    if _output("git", "-C", here, "ls-files", "--error-unmatch", __file__) is None:
+        return "unknown"  # an installed package, whose folder may lie inside another project's repository
+    commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD") or "unknown"
     return commit + ("-changed" if _output("git", "-C", here, "status", "--porcelain", "-uno") else "")
 
 

@@ -30,8 +30,9 @@ def test_a_head_says_where_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("printed", "commit"),
     [
-        ({"rev-parse": "0123456789ab", "status": ""}, "0123456789ab"),
-        ({"rev-parse": "0123456789ab", "status": " M file.py"}, "0123456789ab-changed"),
+        ({"ls-files": "environment.py", "rev-parse": "0123456789ab", "status": ""}, "0123456789ab"),
+        ({"ls-files": "environment.py", "rev-parse": "0123456789ab", "status": " M a"}, "0123456789ab-changed"),
+        ({"rev-parse": "0123456789ab", "status": ""}, "unknown"),  # of a repository that does not hold the package
         ({}, "unknown"),
     ],
 )
