@@ -36,7 +36,7 @@ MAX_SHARD_BYTES = 5e9
 class Checkpoint:
     """A model's configuration and weights.
 
-    tokenizer: "byte", or a file or folder; None where the source does not tell.
+    tokenizer: "byte", or a file or folder; None where the folder neither names nor holds one.
     tensors: by native names, on the CPU; a tied output weight under both of its names.
     format: one of `FORMATS`.
     """
@@ -135,7 +135,7 @@ def write_checkpoint(
 def check_target(folder: Path, config: MegalodonConfig, kind: str, shards: int = 1) -> None:
     """Raise ValueError where `write_checkpoint` would; cheap."""
     if folder.exists():
-        raise ValueError(f"the target must not exist yet, but {folder} does")
+        raise ValueError(f"`target` must not exist yet, but {folder} does")
     if kind not in FORMATS:
         raise ValueError(f"the format must be one of {FORMATS}, but is {kind!r}")
     if kind == "authors":

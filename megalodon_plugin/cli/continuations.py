@@ -40,7 +40,7 @@ def generate_from_checkpoint(
     """Write the prompt and its continuation to `out` as it comes, and return the continuation.
 
     Raises:
-        ValueError: see `titan.load_model.load_checkpoint` and `model.generate`.
+        ValueError: see `titan.load_model.load_checkpoint` and `model.inference.generate`.
     """
     from megalodon_plugin.titan.load_model import load_checkpoint
 

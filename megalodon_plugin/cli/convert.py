@@ -35,7 +35,7 @@ def run_convert(options: argparse.Namespace) -> None:
     if not options.max_shard_gb > 0:
         raise ValueError(f"`--max-shard-gb` must be positive, but is {options.max_shard_gb}")
     if options.target.exists():
-        raise ValueError(f"the target must not exist yet, but {options.target} does")
+        raise ValueError(f"`target` must not exist yet, but {options.target} does")
     checkpoint = read_checkpoint(options.source)
     check_target(options.target, checkpoint.config, options.to, options.shards)
     if options.tokenizer is not None:

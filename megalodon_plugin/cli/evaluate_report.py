@@ -9,7 +9,7 @@ from megalodon_plugin.model.inference.scoring import Score
 
 
 def result_of(score: Score, seconds: float, peak_mib: float, n_bytes: int) -> dict[str, Any]:
-    """What is told of one context length. `n_bytes` of UTF-8 are those of the text that was scored."""
+    """The results at one context length; `n_bytes` is the size in UTF-8 of the text that was scored."""
     return {
         "context": score.context,
         "loss": score.loss,

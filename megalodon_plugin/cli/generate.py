@@ -50,8 +50,11 @@ def run_generate(options: argparse.Namespace) -> None:
     prompts = [*options.prompt, *(_file_content(path) for path in options.prompt_file)]
     if not prompts and options.load_state is None:
         raise ValueError("there must be a prompt: give `--prompt`, `--prompt-file` or `--load-state`")
-    if not options.load_state and not all(prompts):
-        raise ValueError("a prompt must not be empty, but one is")
+    if options.load_state is None and "" in prompts:
+        number = prompts.index("") + 1
+        raise ValueError(f"`--prompt` and `--prompt-file` must not be empty, but prompt {number} of {len(prompts)} is")
+    if options.load_state is not None and not options.load_state.is_file():
+        raise ValueError(f"`--load-state` must be a file that exists, but is {options.load_state}")
     if options.save_state is not None and not options.save_state.absolute().parent.is_dir():
         raise ValueError(f"`--save-state` must lie in a folder that exists, but is {options.save_state}")
     model, tokenizer = load_model(options)

@@ -18,9 +18,8 @@ from torch import Tensor
 from megalodon_plugin.model.inference.generate import continue_from
 from megalodon_plugin.model.inference.prefill import PIECE_TOKENS, read
 from megalodon_plugin.model.inference.sampling import Sampling
+from megalodon_plugin.model.inference.scoring import SLICE_TOKENS
 from megalodon_plugin.model.precision import DTYPES
-
-SLICE_TOKENS = 2048
 
 
 @register_model("megalodon")

@@ -1,7 +1,7 @@
 """`make quickstart`: train a small Megalodon on real text on the CPU, compare, sample and draw.
 
-Trains train_configs/quickstart.toml (bytes of the running Python's standard library), tells what byte n-grams reach on
-the same held-out text, samples through the streaming path, and leaves loss.png, loss.json and sample.txt in the run's
+Trains train_configs/quickstart.toml (bytes of the running Python's standard library), reports what byte n-grams reach
+on the same held-out text, samples through the streaming path, and leaves loss.png, loss.json and sample.txt in the run's
 folder. Started again it continues an unfinished run.
 """
 

@@ -265,7 +265,7 @@ class TestErrors:
         assert not list(tmp_path.iterdir())
 
     def test_a_target_that_exists(self, tmp_path):
-        with pytest.raises(ValueError, match="the target must not exist yet, but"):
+        with pytest.raises(ValueError, match="`target` must not exist yet, but"):
             write_checkpoint(tmp_path, checkpoint_of(), "dcp")
 
     def test_an_empty_folder(self, tmp_path):
