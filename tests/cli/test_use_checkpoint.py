@@ -17,7 +17,6 @@ from megalodon_plugin.cli.main import main
 from megalodon_plugin.data.files import find_text_files
 from megalodon_plugin.data.stream import TextStream
 from megalodon_plugin.titan.load_model import load_checkpoint
-from megalodon_plugin.titan.tokenizer import load_tokenizer
 
 from support.tiny_job import train_well, write_job
 
@@ -89,8 +88,12 @@ class TestGenerate:
         other.tensors["norm.weight"] += 1
         write_checkpoint(tmp_path / "other", other, "safetensors")
         for arguments, message in [
-            (["--prompt", ""], "a prompt must not be empty"),
+            (
+                ["--prompt", "a", "--prompt", ""],
+                "`--prompt` and `--prompt-file` must not be empty, but prompt 2 of 2 is",
+            ),
             ([], "there must be a prompt"),
+            (["--load-state", tmp_path / "none"], "`--load-state` must be a file that exists, but is"),
             (["--prompt", "a", "--top-k", "0"], "`top_k` must be at least 1, but is 0"),
             (["--prompt-file", tmp_path / "none"], "`--prompt-file` must be a file that can be read"),
             (["--prompt-file", tmp_path / "latin"], "`--prompt-file` must be UTF-8"),
@@ -236,24 +239,3 @@ class TestEvaluate:
         ]:
             assert message in fails("evaluate", checkpoint, "--out", tmp_path / "out", *arguments)
         assert not (tmp_path / "out").exists()
-
-
-class TestTextStream:
-    def test_it_gives_the_same_tokens_however_they_are_asked_for(self, tmp_path):
-        text = "\n".join(f"line {i} ü" for i in range(300_000))  # several pieces
-        (tmp_path / "a.txt").write_text(text)
-        tokenizer = load_tokenizer("byte")
-        files = find_text_files(str(tmp_path))
-        stream = TextStream(files, tokenizer)
-        tokens = stream.take(10**9)
-        assert tokens.tolist() == [256, *text.encode(), 257]
-        assert stream.n_bytes == len(text.encode())
-        again = TextStream(files, tokenizer)
-        again.skip(1_000_003)
-        assert torch.equal(again.take(70_000), tokens[1_000_003:1_070_003])
-
-    def test_a_cut_text_counts_the_bytes_of_what_is_kept(self, tmp_path):
-        (tmp_path / "a.txt").write_text("abcdefgh" * 10)
-        stream = TextStream(find_text_files(str(tmp_path)), load_tokenizer("byte"), max_tokens=21)
-        assert len(stream.take(1000)) == 21
-        assert stream.n_bytes == 20  # the begin token has none
