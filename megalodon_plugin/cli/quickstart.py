@@ -1,8 +1,8 @@
 """`make quickstart`: train a small Megalodon on real text on the CPU, compare, sample and draw.
 
 Trains train_configs/quickstart.toml (bytes of the running Python's standard library), reports what byte n-grams reach
-on the same held-out text, samples through the streaming path, and leaves loss.png, loss.json and sample.txt in the run's
-folder. Started again it continues an unfinished run.
+on the same held-out text, samples through the streaming path, and leaves loss.png, loss.json and sample.txt in the
+run's folder. Started again it continues an unfinished run.
 """
 
 import argparse
