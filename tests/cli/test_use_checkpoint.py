@@ -88,10 +88,8 @@ class TestGenerate:
         other.tensors["norm.weight"] += 1
         write_checkpoint(tmp_path / "other", other, "safetensors")
         for arguments, message in [
-            (
-                ["--prompt", "a", "--prompt", ""],
-                "`--prompt` and `--prompt-file` must not be empty, but prompt 2 of 2 is",
-            ),
+            (["--prompt", ""], "`--prompt` and `--prompt-file` must not be empty, but prompt 1 of 1 is"),
+            (["--prompt", "a", "--prompt", ""], "must not be empty, but prompt 2 of 2 is"),
             ([], "there must be a prompt"),
             (["--load-state", tmp_path / "none"], "`--load-state` must be a file that exists, but is"),
             (["--prompt", "a", "--top-k", "0"], "`top_k` must be at least 1, but is 0"),
