@@ -9,12 +9,16 @@
 #pragma once
 #include "primitives.cuh"
 
-constexpr bool kFloat32 = TERMS == 3;            // activations are float32
+constexpr int kBlock = BLOCK, kOrders = ORDERS, kTerms = TERMS, kChannels = CHANNELS;
+constexpr bool kAligned = ALIGNED;
+static_assert(kBlock == 16 || kBlock == 32, "a block has 16 or 32 steps");
+static_assert(kOrders == 16 || kOrders == 32, "a channel has 16 or 32 orders");
+static_assert(kTerms == 2 || kTerms == 3, "numbers are split into 2 or 3 terms");
+static_assert(kChannels == 8 || kChannels == 16, "a thread block has 8 or 16 channels");
+
+constexpr bool kFloat32 = kTerms == 3;           // activations are float32
 constexpr int kPlanes = kFloat32 ? 3 : 1;        // bfloat16 terms of an activation; a bfloat16 one is exact
-constexpr int kThreads = 32 * CHANNELS * kWarpsOfChannel;
-static_assert(BLOCK == 16 || BLOCK == 32, "");
-static_assert(ORDERS == 16 || ORDERS == 32, "");
-static_assert(TERMS == 2 || TERMS == 3, "");
+constexpr int kThreads = 32 * kChannels;         // where a warp has a channel
 
 template <bool wide>
 struct RealOf { using type = float; };
@@ -63,7 +67,7 @@ struct Transition {
   }
 };
 
-// Of each channel and order, (D, kSlots, ORDERS), made by cema_prepare in float64 and rounded once.
+// Of each channel and order, (D, kSlots, kOrders), made by cema_prepare in float64 and rounded once.
 enum Slot {
   kP,             // p, the input coefficient
   kG,             // g, the output coefficient
@@ -79,12 +83,12 @@ enum Slot {
   kSlots
 };
 
-// The coefficients of one order of one channel: number `slot` of (kSlots, ORDERS).
+// The coefficients of one order of one channel: number `slot` of (kSlots, kOrders).
 struct Coefficients {
   const Complex<Real>* at;
   __device__ __forceinline__ Coefficients(const Complex<Real>* all, long long channel, int order)
-      : at(all + channel * kSlots * ORDERS + order) {}
-  __device__ __forceinline__ Complex<Real> operator[](int slot) const { return at[slot * ORDERS]; }
+      : at(all + channel * kSlots * kOrders + order) {}
+  __device__ __forceinline__ Complex<Real> operator[](int slot) const { return at[slot * kOrders]; }
 
   // q^(8 m + r) from the stored powers.
   __device__ __forceinline__ Complex<Real> power(int m, int r) const {
@@ -97,7 +101,7 @@ struct Coefficients {
 
   // Entry of the table of inputs, S_t = p q^(T-1-t), and of outputs, C_t = g q^(t+1).
   __device__ __forceinline__ Complex<Real> input(int step) const {
-    const int exponent = BLOCK - 1 - step;
+    const int exponent = kBlock - 1 - step;
     return (*this)[kP] * power(exponent / 8, exponent % 8);
   }
   __device__ __forceinline__ Complex<Real> output(int step) const {
@@ -128,7 +132,7 @@ __device__ __forceinline__ void mma_terms(float (&d)[4], const unsigned (&a)[I][
   float(&sum)[4] = kFloat32 ? product : d;
   bool fresh = FIRST || kFloat32;
 #pragma unroll
-  for (int order = TERMS - 1; order >= 0; --order) {
+  for (int order = kTerms - 1; order >= 0; --order) {
 #pragma unroll
     for (int i = 0; i < I; ++i) {
       const int j = order - i;

@@ -4,15 +4,14 @@
 //   da = -Re(dL) d / w + dp's part along p,   dd = -Re(dL) a / w,   dangle_n = Im(dL) (+ dp's part across p),
 //   dalpha = da a (1 - a),  ddelta = dd d (1 - d),  dtheta = sum_n dangle_n (2 pi n / N) f (1 - f),
 //   dgamma = dg sqrt(1/N).
-// One thread owns one order of one channel; the ORDERS neighbouring lanes of a channel add up dtheta by shuffles.
-constexpr int kWarpsOfChannel = 1;
+// One thread owns one order of one channel; the kOrders neighbouring lanes of a channel add up dtheta by shuffles.
 #include "cema/common.cuh"
 
 struct Params {
   const float* alpha;             // (D, N)
   const float* delta;             // (D, N)
   const float* theta;             // (D)
-  const Complex<float>* partial;  // (slots, D, ORDERS, 3)
+  const Complex<float>* partial;  // (slots, D, kOrders, 3)
   const float* partial_omega;     // (slots, D)
   float* dalpha;
   float* ddelta;
@@ -25,14 +24,14 @@ struct Params {
 
 extern "C" __global__ void __launch_bounds__(256) cema_finish(const __grid_constant__ Params p) {
   const int index = blockIdx.x * 256 + threadIdx.x;
-  const int channel = index / ORDERS, n = index % ORDERS;
+  const int channel = index / kOrders, n = index % kOrders;
   const bool real = channel < p.dim && n < p.order;
   double d_angle = 0, f = 0;
   const double step = 2.0 / p.order * (n + 1);  // of the angle, over pi
   if (real) {
     Complex<double> dp = {0, 0}, dg = {0, 0}, d_log = {0, 0};
     for (int slot = 0; slot < p.slots; ++slot) {
-      const Complex<float>* from = p.partial + ((static_cast<long long>(slot) * p.dim + channel) * ORDERS + n) * 3;
+      const Complex<float>* from = p.partial + ((static_cast<long long>(slot) * p.dim + channel) * kOrders + n) * 3;
       dp = {dp.re + from[0].re, dp.im + from[0].im};
       dg = {dg.re + from[1].re, dg.im + from[1].im};
       d_log = {d_log.re + from[2].re, d_log.im + from[2].im};
@@ -58,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(256) cema_finish(const __grid_const
   }
   double d_theta = d_angle * step * 3.14159265358979323846 * f * (1.0 - f);
 #pragma unroll
-  for (int mask = 1; mask < ORDERS; mask *= 2) d_theta += shuffle_xor(d_theta, mask);
+  for (int mask = 1; mask < kOrders; mask *= 2) d_theta += shuffle_xor(d_theta, mask);
   if (real && n == 0) {
     p.dtheta[channel] = static_cast<float>(d_theta);
     double d_omega = 0;

@@ -2,7 +2,6 @@
 // is the slice next to the one that wants to know and steps(k) are those between.
 //
 // One thread owns one order of one channel of one batch row. Powers and the sum are float64; the order is fixed.
-constexpr int kWarpsOfChannel = 1;
 #include "cema/common.cuh"
 
 struct Params {

@@ -2,19 +2,29 @@
 #pragma once
 #include "cema/staging.cuh"
 
-constexpr int kTimeSteps = BLOCK / 16;
-constexpr int kTimeTiles = BLOCK / 8;
-constexpr int kTableBytes = 2 * 2 * kTimeSteps * TERMS * 32 * 16;  // in and out table of one channel
-constexpr int kTileWords = CHANNELS * kChannelWords;
+// A tile of this kernel, a group of blocks of x or of dy.
+struct GroupTile {
+  static constexpr int kBlocks = 32;
+  static constexpr int kBlockWords = kBlock / 2 + 4;  // rows of 16 bytes for the transposing load ...
+  static constexpr int kPlaneWords = 4 * (8 * kBlockWords + 8);  // ... of which any 8 that it touches lie in different banks
+  static constexpr int kChannelWords = kPlanes * kPlaneWords;
+  static __device__ __forceinline__ int word_of_block(int block) { return block * kBlockWords + block / 8 * 8; }
+};
+constexpr int kGroupSteps = Staging<GroupTile>::kSteps;
+
+constexpr int kTimeSteps = kBlock / 16;
+constexpr int kTimeTiles = kBlock / 8;
+constexpr int kTableBytes = 2 * 2 * kTimeSteps * kTerms * 32 * 16;  // in and out table of one channel
+constexpr int kTileWords = kChannels * GroupTile::kChannelWords;
 
 // A group's x and dy, from device to shared memory. Nothing is loaded ahead: while some warps wait here, others work, and
 // registers are what cema_grad is short of.
 __device__ __forceinline__ void bring(unsigned* tiles, const char* x, const char* dy, int steps, int dim, int channels) {
-  Move x_moves[kMoves], dy_moves[kMoves];
-  fetch(x_moves, x, steps, dim, channels);
-  fetch(dy_moves, dy, steps, dim, channels);
-  to_shared(x_moves, tiles);
-  to_shared(dy_moves, tiles + kTileWords);
+  Move x_moves[Staging<GroupTile>::kMoves], dy_moves[Staging<GroupTile>::kMoves];
+  fetch<GroupTile>(x_moves, x, steps, dim, channels);
+  fetch<GroupTile>(dy_moves, dy, steps, dim, channels);
+  to_shared<GroupTile>(x_moves, tiles);
+  to_shared<GroupTile>(dy_moves, tiles + kTileWords);
 }
 
 // Rows g and g + 8 of row tile m: real and imaginary part of order 8 m + g; columns are steps.
@@ -32,14 +42,14 @@ __device__ __forceinline__ void write_table(uint4* table, const Complex<Real>* c
         re[i] = static_cast<float>(e.re);
         im[i] = static_cast<float>(e.im);
       }
-      unsigned parts[4][TERMS];
-      split<TERMS>(re[0], re[1], parts[0]);
-      split<TERMS>(im[0], im[1], parts[1]);
-      split<TERMS>(re[2], re[3], parts[2]);
-      split<TERMS>(im[2], im[3], parts[3]);
+      unsigned parts[4][kTerms];
+      split<kTerms>(re[0], re[1], parts[0]);
+      split<kTerms>(im[0], im[1], parts[1]);
+      split<kTerms>(re[2], re[3], parts[2]);
+      split<kTerms>(im[2], im[3], parts[3]);
 #pragma unroll
-      for (int t = 0; t < TERMS; ++t)
-        table[((m * kTimeSteps + k) * TERMS + t) * 32 + lane] =
+      for (int t = 0; t < kTerms; ++t)
+        table[((m * kTimeSteps + k) * kTerms + t) * 32 + lane] =
             make_uint4(parts[0][t], parts[1][t], parts[2][t], parts[3][t]);
     }
   }
@@ -55,17 +65,17 @@ __device__ __forceinline__ void products(float (&u)[2][4][4], const uint4* table
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
-        const unsigned* w = words + plane * kPlaneWords + word_of_block(8 * (g / 2) + 2 * j + g % 2) + 8 * k + c;
+        const unsigned* w = words + plane * GroupTile::kPlaneWords + GroupTile::word_of_block(8 * (g / 2) + 2 * j + g % 2) + 8 * k + c;
         low[j][plane] = w[0];
         high[j][plane] = w[4];
       }
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      unsigned a[TERMS][4];
+      unsigned a[kTerms][4];
 #pragma unroll
-      for (int t = 0; t < TERMS; ++t) {
-        uint4 v = table[((m * kTimeSteps + k) * TERMS + t) * 32 + lane];
+      for (int t = 0; t < kTerms; ++t) {
+        uint4 v = table[((m * kTimeSteps + k) * kTerms + t) * 32 + lane];
         a[t][0] = v.x, a[t][1] = v.y, a[t][2] = v.z, a[t][3] = v.w;
       }
 #pragma unroll
@@ -91,6 +101,40 @@ __device__ __forceinline__ void set_block(float (&u)[4][4], int i, Complex<float
 struct LanePowers {
   Complex<float> a1, a8, a16, mine;  // A, A^8, A^16, and what is left of the carried state at this lane's first block
 };
+
+// Powers of an order's decay A for the scans of both directions.
+struct Decay {
+  LanePowers up;
+  Complex<float> left;  // what is left of l, carried from the end, at this lane's last block
+  __device__ __forceinline__ Decay() {}
+  __device__ __forceinline__ Decay(const Coefficients& z, int c) {
+    up.a1 = convert<float>(z[kA]);
+    up.a8 = convert<float>(z[kA8]);
+    up.a16 = convert<float>(z[kA16]);
+    const Complex<float> powers[4] = {convert<float>(z[kPower]), up.a8, up.a16, convert<float>(z[kA16] * z[kA8])};
+    up.mine = c == 0 ? powers[0] : c == 1 ? powers[1] : c == 2 ? powers[2] : powers[3];
+    left = c == 3 ? powers[0] : c == 2 ? powers[1] : c == 1 ? powers[2] : powers[3];
+  }
+  __device__ __forceinline__ LanePowers down() const {
+    LanePowers q = up;
+    q.mine = left;
+    return q;
+  }
+};
+
+// Blocks that the sequence does not have stand at the end: the first of them, block `first` of this lane, which adds
+// nothing of its own, hands on the carried gradient.
+__device__ __forceinline__ void hand_on_gradient(float (&grad)[2][4][4], Complex<float> (&l)[2], int first) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const Complex<float> added = block_of(grad[m], k);
+      set_block(grad[m], k, {added.re + (k == first ? l[m].re : 0.0f), added.im + (k == first ? l[m].im : 0.0f)});
+    }
+    l[m] = {0, 0};
+  }
+}
 
 // The scan over a lane's 8 blocks and the four lanes of an order, in three steps, each of which is taken for all scans at
 // once, so that one's latency is hidden by the others. BACKWARDS walks from the last block.
@@ -133,14 +177,14 @@ __device__ __forceinline__ void spread(float (&u)[4][4], const LanePowers& q, Co
 }
 
 // The state's terms as a left operand: rows are states, columns the 16 blocks of column tiles 2 k and 2 k + 1.
-__device__ __forceinline__ void left_operand(unsigned (&a)[TERMS][4], const float (&u)[4][4], int k) {
-  unsigned parts[4][TERMS];
-  split<TERMS>(u[2 * k][0], u[2 * k][1], parts[0]);
-  split<TERMS>(u[2 * k][2], u[2 * k][3], parts[1]);
-  split<TERMS>(u[2 * k + 1][0], u[2 * k + 1][1], parts[2]);
-  split<TERMS>(u[2 * k + 1][2], u[2 * k + 1][3], parts[3]);
+__device__ __forceinline__ void left_operand(unsigned (&a)[kTerms][4], const float (&u)[4][4], int k) {
+  unsigned parts[4][kTerms];
+  split<kTerms>(u[2 * k][0], u[2 * k][1], parts[0]);
+  split<kTerms>(u[2 * k][2], u[2 * k][3], parts[1]);
+  split<kTerms>(u[2 * k + 1][0], u[2 * k + 1][1], parts[2]);
+  split<kTerms>(u[2 * k + 1][2], u[2 * k + 1][3], parts[3]);
 #pragma unroll
-  for (int t = 0; t < TERMS; ++t)
+  for (int t = 0; t < kTerms; ++t)
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[t][i] = parts[i][t];
 }
@@ -149,13 +193,13 @@ __device__ __forceinline__ void left_operand(unsigned (&a)[TERMS][4], const floa
 __device__ __forceinline__ void transposed(unsigned (&low)[kTimeTiles][kPlanes], unsigned (&high)[kTimeTiles][kPlanes],
                                            const unsigned* words, int k, int lane) {
   const int matrix = lane / 8, row = lane % 8;
-  const unsigned* at = words + word_of_block(8 * (row / 2) + 2 * (2 * k + matrix % 2) + row % 2) + 4 * (matrix / 2);
+  const unsigned* at = words + GroupTile::word_of_block(8 * (row / 2) + 2 * (2 * k + matrix % 2) + row % 2) + 4 * (matrix / 2);
 #pragma unroll
   for (int plane = 0; plane < kPlanes; ++plane) {
 #pragma unroll
     for (int j = 0; j < kTimeTiles; j += 2) {
       unsigned r[4];
-      load_transposed(r, at + plane * kPlaneWords + 4 * j);
+      load_transposed(r, at + plane * GroupTile::kPlaneWords + 4 * j);
       low[j][plane] = r[0], high[j][plane] = r[1];
       low[j + 1][plane] = r[2], high[j + 1][plane] = r[3];
     }
@@ -170,3 +214,63 @@ __device__ __forceinline__ Complex<float> sum_of_four(Complex<float> z) {
   }
   return z;
 }
+
+// The gradients of the tables, of this lane's piece of them.
+struct TableGradients {
+  float out[2][kTimeTiles][4], in[2][kTimeTiles][4];  // dC and dS
+  float lags[kTimeTiles][4];                          // pieces of dy^T x
+  Complex<float> decay[2];                            // dA
+
+  // Both scans, of the states up and of their gradients down: what blocks add becomes what they start from; and dA.
+  __device__ __forceinline__ void scan(float (&state)[2][4][4], float (&grad)[2][4][4], Complex<float> (&h)[2],
+                                       Complex<float> (&l)[2], const Decay (&decays)[2], int c) {
+    const LanePowers up[2] = {decays[0].up, decays[1].up}, down[2] = {decays[0].down(), decays[1].down()};
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      h[m] = state_of_lane<false>(sum_of_blocks<false>(state[m], up[m]), up[m], h[m], c);
+      l[m] = state_of_lane<true>(sum_of_blocks<true>(grad[m], down[m]), down[m], l[m], c);
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      spread<false>(state[m], up[m], h[m]);
+      spread<true>(grad[m], down[m], l[m]);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) decay[m] = multiply_add(block_of(grad[m], k), block_of(state[m], k), decay[m]);
+    }
+  }
+
+  // The products over the blocks of column tiles 2 k and 2 k + 1.
+  __device__ __forceinline__ void add_products(const float (&state)[2][4][4], const float (&grad)[2][4][4],
+                                               const unsigned* x_words, const unsigned* dy_words, int k, int lane) {
+    unsigned dy_low[kTimeTiles][kPlanes], dy_high[kTimeTiles][kPlanes];
+    transposed(dy_low, dy_high, dy_words, k, lane);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      unsigned a[kTerms][4];
+      left_operand(a, state[m], k);
+#pragma unroll
+      for (int j = 0; j < kTimeTiles; ++j) mma_terms<false>(out[m][j], a, dy_low[j], dy_high[j]);
+    }
+    unsigned x_low[kTimeTiles][kPlanes], x_high[kTimeTiles][kPlanes];
+    transposed(x_low, x_high, x_words, k, lane);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      unsigned a[kTerms][4];
+      left_operand(a, grad[m], k);
+#pragma unroll
+      for (int j = 0; j < kTimeTiles; ++j) mma_terms<false>(in[m][j], a, x_low[j], x_high[j]);
+    }
+    // dy^T x: accumulator i holds all pieces whose first element has the lag 8 i - 8.
+#pragma unroll
+    for (int m = 0; m < kTimeSteps; ++m) {
+      unsigned a[kPlanes][4];
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        a[plane][0] = dy_low[2 * m][plane], a[plane][1] = dy_low[2 * m + 1][plane];
+        a[plane][2] = dy_high[2 * m][plane], a[plane][3] = dy_high[2 * m + 1][plane];
+      }
+#pragma unroll
+      for (int j = 0; j <= 2 * m + 1; ++j) mma_terms<false>(lags[2 * m - j + 1], a, x_low[j], x_high[j]);
+    }
+  }
+};

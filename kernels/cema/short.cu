@@ -3,19 +3,18 @@
 // One thread owns one order of one channel and takes the steps one by one, as the definition does; the ORDERS
 // neighbouring lanes of a channel add up the output by shuffles. The forward pass has a thread for each batch row; the
 // backward pass walks the batch rows in order, so that its sums over them have one order, and makes the states again.
-constexpr int kWarpsOfChannel = 1;
 #include "cema/common.cuh"
 
 struct Params {
   const char* x;
   const char* dy;                        // backward only
   char* y;                               // y, or dx
-  const Complex<Real>* coefficients;     // (D, kSlots, ORDERS)
+  const Complex<Real>* coefficients;     // (D, kSlots, kOrders)
   const float* omega;                    // (D)
   const Complex<float>* state_in;        // (B, D, N), null is zero
   const Complex<float>* state_grad_in;   // (B, D, N): gradient of the state that leaves, null is zero; backward only
   Complex<float>* state_out;             // (B, D, N): the state that leaves, or the gradient of the one that enters; may be null
-  Complex<float>* partial;               // (D, ORDERS, 3), backward only
+  Complex<float>* partial;               // (D, kOrders, 3), backward only
   float* partial_omega;                  // (D)
   long long x_row, dy_row, y_row;        // elements from one batch row to the next
   int length;                            // steps, less than 32
@@ -36,14 +35,14 @@ __device__ __forceinline__ void write(char* to, long long at, float value) {
 
 __device__ __forceinline__ Real sum_of_orders(Real value) {
 #pragma unroll
-  for (int mask = 1; mask < ORDERS; mask *= 2) value += shuffle_xor(value, mask);
+  for (int mask = 1; mask < kOrders; mask *= 2) value += shuffle_xor(value, mask);
   return value;
 }
 
 extern "C" __global__ void __launch_bounds__(256) cema_short(const __grid_constant__ Params p) {
   const int index = blockIdx.x * 256 + threadIdx.x;
-  const int channel = min(index / ORDERS, p.dim - 1), n = index % ORDERS;
-  const bool real = index / ORDERS < p.dim, there = real && n < p.order;
+  const int channel = min(index / kOrders, p.dim - 1), n = index % kOrders;
+  const bool real = index / kOrders < p.dim, there = real && n < p.order;
   const Coefficients z(p.coefficients, channel, n);
   const Complex<Real> in = z[kP], out = z[kG], q = z[kPower + 1];
   const float omega = p.omega[channel];
@@ -64,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(256) cema_short(const __grid_consta
   Complex<Real> dp = {0, 0}, dg = {0, 0}, d_log = {0, 0};
   Real d_omega = 0;
   for (int row = 0; row < p.batch; ++row) {
-    Complex<Real> entering[BLOCK];  // the state before each step
+    Complex<Real> entering[kBlock];  // the state before each step
     Complex<Real> h = {0, 0}, l = {0, 0};
     if (there && p.state_in) h = convert<Real>(p.state_in[state_at(row)]);
     if (there && p.state_grad_in) {
@@ -93,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(256) cema_short(const __grid_consta
     if (there && p.state_out) p.state_out[state_at(row)] = {static_cast<float>(l.re), -static_cast<float>(l.im)};
   }
   if (real) {
-    Complex<float>* to = p.partial + (static_cast<long long>(channel) * ORDERS + n) * 3;
+    Complex<float>* to = p.partial + (static_cast<long long>(channel) * kOrders + n) * 3;
     to[0] = convert<float>(dp);
     to[1] = convert<float>(dg);
     to[2] = convert<float>(d_log);

@@ -1,30 +1,41 @@
 // Activations between device memory, (time, channel), and a tile in shared memory, channel by channel.
 //
-// A tile is kBlocks blocks of T steps. Two neighbouring steps of one channel share a word, as the matrix units want
-// them. A thread moves `kMoves` times 2 steps x 8 channels: two rows of 16 bytes (32 for float32) that are re-paired
-// in registers. Words of a channel:   plane * kPlaneWords + word_of_block(block) + (step / 2).
-// A float32 activation fills three planes with its bfloat16 terms; as an output it is put into the first two, the even
-// step's bits and the odd step's.
+// A tile is some blocks of T steps. Two neighbouring steps of one channel share a word, as the matrix units want them. A
+// thread moves `kMoves` times 2 steps x 8 channels: two rows of 16 bytes (32 for float32) that are re-paired in
+// registers. A float32 activation fills three planes with its bfloat16 terms; as an output it is put into the first two,
+// the even step's bits and the odd step's.
+//
+// Where a tile's words lie is its kernel's choice, a type `Tile` with
+//   kBlocks                blocks of the tile
+//   kPlaneWords            words of a plane of one channel, with their padding
+//   kChannelWords          words of a channel
+//   word_of_block(block)   the block's first word in its plane
+// so word i of a block is    channel * kChannelWords + plane * kPlaneWords + word_of_block(block) + i.
 #pragma once
 #include "cema/common.cuh"
 
-constexpr int kTile = kBlocks * BLOCK;
-constexpr int kPairs = kTile / 2;                              // words of one channel without padding
-constexpr int kMoves = kPairs * (CHANNELS / 8) / kThreads > 0 ? kPairs * (CHANNELS / 8) / kThreads : 1;
-constexpr bool kEveryThreadMoves = kPairs * (CHANNELS / 8) >= kThreads;
-constexpr int kRowWords = kFloat32 ? 8 : 4;                    // of 8 channels at one step
+// What follows from a tile's layout.
+template <class Tile>
+struct Staging {
+  static constexpr int kSteps = Tile::kBlocks * kBlock;
+  static constexpr int kPairs = kSteps / 2;  // words of one channel without padding
+  static constexpr int kMovesInAll = kPairs * (kChannels / 8);
+  static constexpr int kMoves = kMovesInAll / kThreads > 0 ? kMovesInAll / kThreads : 1;
+  static constexpr bool kEveryThreadMoves = kMovesInAll >= kThreads;
+};
+constexpr int kRowWords = kFloat32 ? 8 : 4;  // of 8 channels at one step
 
 struct Move {
   unsigned early[kRowWords], late[kRowWords];  // 8 channels at step 2 i and at step 2 i + 1
 };
 
 // Neighbouring lanes take neighbouring 16 bytes of a row, so that the memory pipe serves them at once.
-__device__ __forceinline__ int octet_of(int thread) { return thread % (CHANNELS / 8); }
-__device__ __forceinline__ int pair_of(int thread, int move) { return (thread + move * kThreads) / (CHANNELS / 8); }
+__device__ __forceinline__ int octet_of(int thread) { return thread % (kChannels / 8); }
+__device__ __forceinline__ int pair_of(int thread, int move) { return (thread + move * kThreads) / (kChannels / 8); }
 
 template <typename T>
 __device__ __forceinline__ void read_row(unsigned (&row)[kRowWords], const T* from, int channels) {
-  if (ALIGNED) {
+  if (kAligned) {
 #pragma unroll
     for (int i = 0; i < kRowWords / 4; ++i) {
       uint4 v = load_once(reinterpret_cast<const uint4*>(from) + i);
@@ -45,7 +56,7 @@ __device__ __forceinline__ void read_row(unsigned (&row)[kRowWords], const T* fr
 
 template <typename T>
 __device__ __forceinline__ void write_row(const unsigned (&row)[kRowWords], T* to, int channels) {
-  if (ALIGNED) {
+  if (kAligned) {
 #pragma unroll
     for (int i = 0; i < kRowWords / 4; ++i)
       store_once(reinterpret_cast<uint4*>(to) + i, make_uint4(row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]));
@@ -65,13 +76,14 @@ __device__ __forceinline__ void write_row(const unsigned (&row)[kRowWords], T* t
 
 // `tile` points at the tile's first step and at the first channel of the block. The tile has `steps` steps and the block
 // `channels` channels; what is missing is zero.
-__device__ __forceinline__ void fetch(Move (&moves)[kMoves], const char* tile, int steps, int dim, int channels) {
+template <class Tile>
+__device__ __forceinline__ void fetch(Move (&moves)[Staging<Tile>::kMoves], const char* tile, int steps, int dim, int channels) {
   const int first = 8 * octet_of(threadIdx.x), count = channels - first;
   const unsigned step_bytes = dim * (kFloat32 ? 4u : 2u);
 #pragma unroll
-  for (int i = 0; i < kMoves; ++i) {
+  for (int i = 0; i < Staging<Tile>::kMoves; ++i) {
     const int pair = pair_of(threadIdx.x, i);
-    if ((kEveryThreadMoves || pair < kPairs) && 2 * pair < steps && count > 0) {
+    if ((Staging<Tile>::kEveryThreadMoves || pair < Staging<Tile>::kPairs) && 2 * pair < steps && count > 0) {
       const char* at = tile + (2u * pair * step_bytes + first * (kFloat32 ? 4 : 2));
       read_row(moves[i].early, at, count);
       read_row(moves[i].late, at + step_bytes, count);
@@ -82,26 +94,27 @@ __device__ __forceinline__ void fetch(Move (&moves)[kMoves], const char* tile, i
   }
 }
 
-__device__ __forceinline__ void to_shared(const Move (&moves)[kMoves], unsigned* tile) {
+template <class Tile>
+__device__ __forceinline__ void to_shared(const Move (&moves)[Staging<Tile>::kMoves], unsigned* tile) {
   int first = 8 * octet_of(threadIdx.x);
 #pragma unroll
-  for (int i = 0; i < kMoves; ++i) {
+  for (int i = 0; i < Staging<Tile>::kMoves; ++i) {
     int pair = pair_of(threadIdx.x, i);
-    if (!kEveryThreadMoves && pair >= kPairs) continue;
-    unsigned* word = tile + first * kChannelWords + word_of_block(pair / (BLOCK / 2)) + pair % (BLOCK / 2);
+    if (!Staging<Tile>::kEveryThreadMoves && pair >= Staging<Tile>::kPairs) continue;
+    unsigned* word = tile + first * Tile::kChannelWords + Tile::word_of_block(pair / (kBlock / 2)) + pair % (kBlock / 2);
     if (kFloat32) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
         unsigned terms[3];
         split<3>(__uint_as_float(moves[i].early[c % kRowWords]), __uint_as_float(moves[i].late[c % kRowWords]), terms);
 #pragma unroll
-        for (int plane = 0; plane < kPlanes; ++plane) word[c * kChannelWords + plane * kPlaneWords] = terms[plane];
+        for (int plane = 0; plane < kPlanes; ++plane) word[c * Tile::kChannelWords + plane * Tile::kPlaneWords] = terms[plane];
       }
     } else {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        word[2 * c * kChannelWords] = __byte_perm(moves[i].early[c], moves[i].late[c], 0x5410);
-        word[(2 * c + 1) * kChannelWords] = __byte_perm(moves[i].early[c], moves[i].late[c], 0x7632);
+        word[2 * c * Tile::kChannelWords] = __byte_perm(moves[i].early[c], moves[i].late[c], 0x5410);
+        word[(2 * c + 1) * Tile::kChannelWords] = __byte_perm(moves[i].early[c], moves[i].late[c], 0x7632);
       }
     }
   }
@@ -109,25 +122,26 @@ __device__ __forceinline__ void to_shared(const Move (&moves)[kMoves], unsigned*
 
 // The counterpart of fetch and to_shared: every thread reads the words that it wrote, so no barrier stands between a
 // tile's way out and the next one's way in.
+template <class Tile>
 __device__ __forceinline__ void store(const unsigned* words, char* tile, int steps, int dim, int channels) {
   const int first = 8 * octet_of(threadIdx.x), count = channels - first;
   const unsigned step_bytes = dim * (kFloat32 ? 4u : 2u);
 #pragma unroll
-  for (int i = 0; i < kMoves; ++i) {
+  for (int i = 0; i < Staging<Tile>::kMoves; ++i) {
     const int pair = pair_of(threadIdx.x, i);
-    if ((!kEveryThreadMoves && pair >= kPairs) || 2 * pair >= steps || count <= 0) continue;
-    const unsigned* word = words + first * kChannelWords + word_of_block(pair / (BLOCK / 2)) + pair % (BLOCK / 2);
+    if ((!Staging<Tile>::kEveryThreadMoves && pair >= Staging<Tile>::kPairs) || 2 * pair >= steps || count <= 0) continue;
+    const unsigned* word = words + first * Tile::kChannelWords + Tile::word_of_block(pair / (kBlock / 2)) + pair % (kBlock / 2);
     Move m;
     if (kFloat32) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        m.early[c % kRowWords] = word[c * kChannelWords];
-        m.late[c % kRowWords] = word[c * kChannelWords + kPlaneWords];
+        m.early[c % kRowWords] = word[c * Tile::kChannelWords];
+        m.late[c % kRowWords] = word[c * Tile::kChannelWords + Tile::kPlaneWords];
       }
     } else {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        unsigned even = word[2 * c * kChannelWords], odd = word[(2 * c + 1) * kChannelWords];
+        unsigned even = word[2 * c * Tile::kChannelWords], odd = word[(2 * c + 1) * Tile::kChannelWords];
         m.early[c] = __byte_perm(even, odd, 0x5410);
         m.late[c] = __byte_perm(even, odd, 0x7632);
       }
