@@ -14,7 +14,7 @@ from .chunk_cache import attend_after_cache, attend_in_place, first_cache
 from .config import MegalodonConfig
 from .init import init_linear
 from .norm import RMSNorm, TimestepNorm, at_least_float32
-from .rank_hooks import Read, whole
+from .rank_hooks import LocalView, identity
 from .rotary import Rotary
 from .state import LayerState
 
@@ -29,7 +29,7 @@ class QueryKey(nn.Module):
     def __init__(self, cfg: MegalodonConfig):
         super().__init__()
         self.head_dim, self.eps = cfg.qk_head_dim, cfg.norm_eps
-        self.read: Read = whole
+        self.local_view: LocalView = identity
         self.gamma = nn.Parameter(torch.zeros(2, cfg.z_dim))
         self.beta = nn.Parameter(torch.zeros(2, cfg.z_dim))
         self.rotary = Rotary(cfg.qk_head_dim, cfg.chunk_size, cfg.rope_theta)
@@ -41,8 +41,8 @@ class QueryKey(nn.Module):
     def forward(self, z: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         heads = at_least_float32(z).unflatten(2, (-1, self.head_dim))  # all heads, or those of this rank
         heads = F.rms_norm(heads, (self.head_dim,), None, self.eps)
-        gain = ((self.read(self.gamma) + 1) / math.sqrt(self.head_dim)).unflatten(1, (-1, self.head_dim))
-        shift = self.read(self.beta).unflatten(1, (-1, self.head_dim))
+        gain = ((self.local_view(self.gamma) + 1) / math.sqrt(self.head_dim)).unflatten(1, (-1, self.head_dim))
+        shift = self.local_view(self.beta).unflatten(1, (-1, self.head_dim))
         q, k = (self.rotary(heads * gain[row] + shift[row], positions).to(z.dtype) for row in (0, 1))
         return q, k
 

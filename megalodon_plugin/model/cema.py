@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from megalodon_plugin.ops import cema
 from megalodon_plugin.ops.cema import CemaParameters
 
-from .init import draw, init_theta
-from .rank_hooks import CemaPrefix, Read, whole
+from .init import init_random, init_theta
+from .rank_hooks import CemaPrefix, LocalView, identity
 
 
 class CEMA(nn.Module):
@@ -19,7 +19,7 @@ class CEMA(nn.Module):
     def __init__(self, dim: int, order: int, cema_input: str, layer_id: int):
         super().__init__()
         self.cema_input, self.layer_id = cema_input, layer_id
-        self.read: Read = whole
+        self.local_view: LocalView = identity
         self.prefix: CemaPrefix | None = None
         self.alpha = nn.Parameter(torch.zeros(dim, order, 1))
         self.delta = nn.Parameter(torch.zeros(dim, order, 1))
@@ -28,12 +28,12 @@ class CEMA(nn.Module):
         self.omega = nn.Parameter(torch.zeros(dim, 1))
 
     def init_weights(self) -> None:
-        draw(self.alpha, nn.init.normal_, std=0.2)
-        draw(self.delta, nn.init.normal_, std=0.2)
+        init_random(self.alpha, nn.init.normal_, std=0.2)
+        init_random(self.delta, nn.init.normal_, std=0.2)
         init_theta(self.theta, self.layer_id)
-        draw(self.gamma, nn.init.normal_)
+        init_random(self.gamma, nn.init.normal_)
         self.gamma[..., 1].zero_()
-        draw(self.omega, nn.init.trunc_normal_, std=0.25, a=-1.0, b=1.0)
+        init_random(self.omega, nn.init.trunc_normal_, std=0.25, a=-1.0, b=1.0)
 
     def start(self, x: Tensor) -> Tensor | None:
         """Start what `forward` needs from other ranks; independent work may be done before it is called."""
@@ -54,5 +54,5 @@ class CEMA(nn.Module):
 
     def _parameters_here(self) -> CemaParameters:
         own = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
-        alpha, delta, theta, gamma, omega = (self.read(parameter) for parameter in own)
+        alpha, delta, theta, gamma, omega = (self.local_view(parameter) for parameter in own)
         return CemaParameters(alpha, delta, theta, gamma, omega, self.cema_input == "paper")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .config import MegalodonConfig
 from .init import init_linear
 from .norm import LayerNorm
-from .rank_hooks import Read, whole
+from .rank_hooks import LocalView, identity
 
 
 class FeedForward(nn.Module):
@@ -20,7 +20,7 @@ class FeedForward(nn.Module):
     def __init__(self, cfg: MegalodonConfig, layer_id: int = 0):
         super().__init__()
         self.cfg, self.layer_id = cfg, layer_id
-        self.read: Read = whole
+        self.local_view: LocalView = identity
         self.norm = LayerNorm(cfg.dim, cfg.norm_eps, cfg.norm_affine)
         self.fc1 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
         self.fc3 = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False) if cfg.swiglu else None
@@ -43,5 +43,5 @@ class FeedForward(nn.Module):
         hidden = F.dropout(hidden, self.cfg.hidden_dropout, self.training)
         out = F.dropout(self.fc2(hidden), self.cfg.dropout, self.training)
         if self.alpha is not None:
-            out = out * self.read(self.alpha).to(out.dtype)
+            out = out * self.local_view(self.alpha).to(out.dtype)
         return residual + out

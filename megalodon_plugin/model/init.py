@@ -11,11 +11,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def init_linear(linear: nn.Linear, mode: str) -> None:
     """Weight by `mode`: "he" normal of std 1/sqrt(3 fan_in), "bert" normal of std 0.02, "xavier" uniform. Bias 0."""
     if mode == "he":
-        draw(linear.weight, nn.init.normal_, std=1 / math.sqrt(3 * linear.in_features))
+        init_random(linear.weight, nn.init.normal_, std=1 / math.sqrt(3 * linear.in_features))
     elif mode == "bert":
-        draw(linear.weight, nn.init.normal_, std=0.02)
+        init_random(linear.weight, nn.init.normal_, std=0.02)
     else:
-        draw(linear.weight, nn.init.xavier_uniform_)
+        init_random(linear.weight, nn.init.xavier_uniform_)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
@@ -23,14 +23,14 @@ def init_linear(linear: nn.Linear, mode: str) -> None:
 def init_embedding(weight: Tensor, dim: int) -> None:
     """Truncated normal of std 1/sqrt(D), cut at three std; for the embedding and the output layer."""
     std = 1 / math.sqrt(dim)
-    draw(weight, nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
+    init_random(weight, nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
 
 
-def draw(parameter: Tensor, fill: Callable[..., Tensor], **options: float) -> None:
-    """`fill(parameter, **options)`, one of nn.init's, for a parameter that may be sharded.
+def init_random(parameter: Tensor, fill: Callable[..., Tensor], **options: float) -> None:
+    """Fill a parameter, plain or sharded, by `fill(parameter, **options)`, one of nn.init's random functions.
 
-    Ranks that hold parts of it must not draw alike: heads of equal weights would stay equal for ever. DTensor sees to
-    that on accelerators only. So on a CPU the whole is drawn, as one process would, and all take the first rank's.
+    Ranks that hold parts of it must not draw equal numbers: heads of equal weights would stay equal for ever. DTensor
+    sees to that on accelerators only. So on a CPU each rank draws the full parameter, and all take the first rank's.
     """
     if isinstance(parameter, DTensor) and parameter.device.type == "cpu":
         values = fill(torch.empty(parameter.shape, dtype=parameter.dtype), **options)

@@ -11,7 +11,7 @@ from .block import MegalodonBlock
 from .config import MegalodonConfig
 from .init import init_embedding
 from .norm import TimestepNorm, at_least_float32
-from .output import OutputLayer, hand_to_loss
+from .output import OutputLayer, attach_output_layer
 from .rotary import Rotary
 from .state import MegalodonState, check_state, empty_layer_state
 
@@ -21,7 +21,7 @@ class Megalodon(nn.Module):
 
     Children are named as the host's models are (`tok_embeddings`, `layers`, `norm`, `output`); a pipeline stage may set
     those it does not hold to None. With `logits_in_loss`, what it returns in training are not logits but features for
-    a loss that ends in the output layer, see `output.output_of`.
+    a loss that ends in the output layer, see `output.attached_output_layer`.
     """
 
     def __init__(self, cfg: MegalodonConfig):
@@ -95,7 +95,7 @@ class Megalodon(nn.Module):
             raise ValueError(f"`tokens` must hold at least one timestep, but has shape {tuple(tokens.shape)}")
         x, new_state = self.features(tokens, state, return_state)
         if self.training and self.logits_in_loss and isinstance(self.output, OutputLayer):
-            x = hand_to_loss(x, self.output)
+            x = attach_output_layer(x, self.output)
         elif self.output is not None:
             x = self.logits(x)
         return (x, new_state) if new_state is not None else x

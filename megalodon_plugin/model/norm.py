@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from megalodon_plugin.ops import NormState, timestep_norm
 from megalodon_plugin.ops.timestep_norm import norm_summary
 
-from .rank_hooks import NormPrefix, Read, whole
+from .rank_hooks import LocalView, NormPrefix, identity
 
 
 class TimestepNorm(nn.Module):
@@ -16,7 +16,7 @@ class TimestepNorm(nn.Module):
     def __init__(self, dim: int, num_groups: int, eps: float):
         super().__init__()
         self.num_groups, self.eps = num_groups, eps
-        self.read: Read = whole
+        self.local_view: LocalView = identity
         self.prefix: NormPrefix | None = None
         self.weight = nn.Parameter(torch.zeros(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
@@ -31,7 +31,7 @@ class TimestepNorm(nn.Module):
         if self.prefix is not None:
             assert state is None and padding_mask is None
             state = self.prefix(norm_summary(x, self.num_groups, self.weight.dtype))
-        weight, bias = self.read(self.weight), self.read(self.bias)
+        weight, bias = self.local_view(self.weight), self.local_view(self.bias)
         return timestep_norm(x, weight, bias, self.num_groups, self.eps, state, padding_mask)
 
 
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, affine: bool):
         super().__init__()
         self.dim, self.eps = dim, eps
-        self.read: Read = whole
+        self.local_view: LocalView = identity
         self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def init_weights(self) -> None:
@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
             nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = None if self.weight is None else self.read(self.weight) + 1
+        gain = None if self.weight is None else self.local_view(self.weight) + 1
         return F.rms_norm(at_least_float32(x), (self.dim,), gain, self.eps).to(x.dtype)
 
 
@@ -59,7 +59,7 @@ class LayerNorm(nn.Module):
     def __init__(self, dim: int, eps: float, affine: bool):
         super().__init__()
         self.dim, self.eps = dim, eps
-        self.read: Read = whole
+        self.local_view: LocalView = identity
         self.weight = nn.Parameter(torch.zeros(dim)) if affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
@@ -68,8 +68,8 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = None if self.weight is None else self.read(self.weight) + 1
-        shift = None if self.bias is None else self.read(self.bias)
+        gain = None if self.weight is None else self.local_view(self.weight) + 1
+        shift = None if self.bias is None else self.local_view(self.bias)
         return F.layer_norm(at_least_float32(x), (self.dim,), gain, shift, self.eps).to(x.dtype)
 
 

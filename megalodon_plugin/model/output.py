@@ -26,8 +26,8 @@ class OutputLayer(nn.Linear):
         return linear_cross_entropy(features, self.weight, labels, self.rows_at_once, self.compile_loss)
 
 
-def hand_to_loss(features: Tensor, output: OutputLayer) -> Tensor:
-    """The features, marked for `output_of`: a host that calls model and loss apart passes them on."""
+def attach_output_layer(features: Tensor, output: OutputLayer) -> Tensor:
+    """The features, with the output layer as an attribute: the loss takes it by `attached_output_layer`."""
     # On the tensor, for nothing else reaches both: the stock entry builds the loss before the model and without it, and
     # calls it with the model's result and the labels alone. A tuple would be taken for several results by what wraps
     # the model, and a subclass of Tensor would be seen by every op of a compiled graph.
@@ -35,6 +35,6 @@ def hand_to_loss(features: Tensor, output: OutputLayer) -> Tensor:
     return features
 
 
-def output_of(features: Any) -> OutputLayer | None:
-    """The output layer that `hand_to_loss` left, None for logits."""
+def attached_output_layer(features: Any) -> OutputLayer | None:
+    """The output layer that `attach_output_layer` put on the features; None for logits, which carry none."""
     return getattr(features, "output_layer", None)

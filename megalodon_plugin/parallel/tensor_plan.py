@@ -1,7 +1,7 @@
 """Tensor parallelism: every rank holds D/P features of the residual stream, and its part of every large parameter.
 
-Megalodon's recurrences act on single channels (CEMA) or groups of them (TimestepNorm), so spreading features, and not
-time, between the blocks lets each rank run them whole and without an exchange. Only the maps that mix features need
+Megalodon's recurrences act on single channels (CEMA) or groups of them (TimestepNorm), so sharding features, and not
+time, between the blocks lets each rank run them complete and without an exchange. Only the maps that mix features need
 one. The tables below are the whole plan. A block of (B, L, D) exchanges, in the activations' dtype except the last:
 
 | | forward | backward |
@@ -10,7 +10,7 @@ one. The tables below are the whole plan. A block of (B, L, D) exchanges, in the
 | reduce-scatter, B L D | wh2's and fc2's outputs | wv's input, rms_norm's, feed_forward.norm's |
 | all-reduce, D | | rms_norm's weight, feed_forward.norm's weight and bias |
 
-So one gathered tensor serves all linear maps that read it, and no map reads features that it could do without.
+So one gathered tensor serves all linear maps that read it, and no map reads features that it does not need.
 """
 
 from torch import nn
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import Ranks
 from .layout import tensor_parallel_refusal
-from .tensor_styles import Style, give_logits, spread
+from .tensor_styles import Style, register_logits_hook, shard_module
 
 LAYER_PLAN = {
     # Groups and channels do not see each other: each rank has G/P whole groups, D/P channels.
@@ -41,7 +41,7 @@ LAYER_PLAN = {
     "feed_forward.fc1": Style(shard=0),
     "feed_forward.fc3": Style(shard=0),
     "feed_forward.fc2": Style(shard=1, scatter_output=True),
-    # alpha scales features that are spread already.
+    # alpha scales features that are sharded already.
     "feed_forward": Style(shard=0),
 }
 
@@ -59,9 +59,9 @@ TIED_ROOT_PLAN = ROOT_PLAN | {"tok_embeddings": Style(shard=0, scatter_output=Tr
 
 
 def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh, loss_parallel: bool) -> None:
-    """Spread a Megalodon, or a pipeline stage of one, over the ranks of `tp_mesh`; the meta device will do.
+    """Shard a Megalodon, or a pipeline stage of one, over the ranks of `tp_mesh`; it may be on the meta device.
 
-    It comes before activation checkpointing, torch.compile and FSDP. With `loss_parallel` the logits are a DTensor,
+    Call it before activation checkpointing, torch.compile and FSDP. With `loss_parallel` the logits are a DTensor,
     Shard(-1), as `torch.distributed.tensor.parallel.loss_parallel` takes it; else every rank has all of them.
     """
     reason = tensor_parallel_refusal(model.cfg, tp_mesh.size())  # type: ignore[arg-type]
@@ -69,17 +69,17 @@ def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh, loss_parallel: 
         raise ValueError(reason)
     ranks = Ranks.of(tp_mesh.get_group())
     tied = model.output is not None and model.tok_embeddings is not None and model.cfg.tie_embedding  # type: ignore[union-attr]
-    _spread_parts(model, TIED_ROOT_PLAN if tied else ROOT_PLAN, tp_mesh, ranks)
+    _shard_parts(model, TIED_ROOT_PLAN if tied else ROOT_PLAN, tp_mesh, ranks)
     if tied:
         model.output.weight = model.tok_embeddings.weight  # type: ignore[union-attr]
     if model.output is not None:
-        give_logits(model.output, tp_mesh, ranks, loss_parallel)  # type: ignore[arg-type]
+        register_logits_hook(model.output, tp_mesh, ranks, loss_parallel)  # type: ignore[arg-type]
     for layer in model.layers.values():  # type: ignore[operator, union-attr]
-        _spread_parts(layer, LAYER_PLAN, tp_mesh, ranks)
+        _shard_parts(layer, LAYER_PLAN, tp_mesh, ranks)
 
 
-def _spread_parts(parent: nn.Module, plan: dict[str, Style], mesh: DeviceMesh, ranks: Ranks) -> None:
+def _shard_parts(parent: nn.Module, plan: dict[str, Style], mesh: DeviceMesh, ranks: Ranks) -> None:
     parts = dict(parent.named_modules())
     for name, style in plan.items():
         if name in parts:  # options and pipeline stages leave some out
-            spread(parts[name], style, mesh, ranks)
+            shard_module(parts[name], style, mesh, ranks)

@@ -1,4 +1,4 @@
-"""How one module is spread over the ranks of tensor parallelism: its parameters, what it computes, what it exchanges.
+"""How tensor parallelism changes one module: its parameters, what it computes, what it exchanges.
 
 Parameters become DTensors, which initialisation, optimizers, FSDP and checkpoints understand. The forward pass computes
 with local tensors: CEMA and the norms are ops of our own, and every exchange stands where it is written.
@@ -22,19 +22,19 @@ from .tensor_exchanges import gather_features, gather_vocabulary, scatter_featur
 
 @dataclass(frozen=True)
 class Style:
-    """What tensor parallelism makes of a module; its children have styles of their own."""
+    """How one module is changed; each of its children has its own style."""
 
     shard: int | None
     """The dimension along which its parameters are cut; None: every rank has all of them, and their gradients are
-    added up."""
+    summed."""
     gather_input: bool = False
     """It mixes all features, so they are gathered first."""
     scatter_output: bool = False
-    """It computes partial sums over the ranks, which are added up and spread over the features."""
+    """It computes partial sums over the ranks: the sums are scattered, each rank getting its features."""
 
 
-def spread(module: nn.Module, style: Style, mesh: DeviceMesh, ranks: Ranks) -> None:
-    """Make the module compute this rank's part by `style`. `mesh` has one dimension, whose ranks are `ranks`."""
+def shard_module(module: nn.Module, style: Style, mesh: DeviceMesh, ranks: Ranks) -> None:
+    """Cut the module's parameters and make it compute this rank's part, by `style`. `mesh` has 1 dimension, `ranks`."""
     placement = Replicate() if style.shard is None else Shard(style.shard)
     for name, parameter in list(module.named_parameters(recurse=False)):
         part = distribute_tensor(parameter, mesh, [placement])
@@ -44,7 +44,8 @@ def spread(module: nn.Module, style: Style, mesh: DeviceMesh, ranks: Ranks) -> N
     elif isinstance(module, nn.Linear | nn.Embedding):
         module.__class__ = _with_local_parameters(type(module))  # type: ignore[arg-type, assignment]
     else:
-        module.read = _local if style.shard is not None else functools.partial(_local_summed, ranks=ranks)  # type: ignore[assignment]
+        summed = functools.partial(_local_with_summed_gradient, ranks=ranks)
+        module.local_view = summed if style.shard is None else _local_part  # type: ignore[assignment]
     if isinstance(module, TimestepNorm):
         module.num_groups //= ranks.size
     if style.gather_input:
@@ -53,23 +54,23 @@ def spread(module: nn.Module, style: Style, mesh: DeviceMesh, ranks: Ranks) -> N
         module.register_forward_hook(functools.partial(_scatter_output, ranks=ranks))
 
 
-def give_logits(output: nn.Linear, mesh: DeviceMesh, ranks: Ranks, loss_parallel: bool) -> None:
-    """Make the output layer, whose rows are spread, return a DTensor, Shard(-1); without `loss_parallel` all logits."""
-    hook = (
-        functools.partial(_logits_of_mesh, mesh=mesh) if loss_parallel else functools.partial(_all_logits, ranks=ranks)
-    )
-    output.register_forward_hook(hook)
+def register_logits_hook(output: nn.Linear, mesh: DeviceMesh, ranks: Ranks, loss_parallel: bool) -> None:
+    """Make the sharded output layer return a DTensor, Shard(-1), or without `loss_parallel` all logits."""
+    if loss_parallel:
+        output.register_forward_hook(functools.partial(_logits_as_dtensor, mesh=mesh))
+    else:
+        output.register_forward_hook(functools.partial(_all_logits, ranks=ranks))
 
 
-def _local(parameter: Tensor) -> Tensor:
+def _local_part(parameter: Tensor) -> Tensor:
     """This rank's part of a parameter."""
     assert isinstance(parameter, DTensor)
     return parameter.to_local()
 
 
-def _local_summed(parameter: Tensor, ranks: Ranks) -> Tensor:
-    """A parameter that all ranks hold whole and use for different parts of the output."""
-    return sum_gradient(_local(parameter), ranks)
+def _local_with_summed_gradient(parameter: Tensor, ranks: Ranks) -> Tensor:
+    """A parameter that all ranks hold in full and use for different parts of the output."""
+    return sum_gradient(_local_part(parameter), ranks)
 
 
 def _gather_input(module: nn.Module, args: tuple[Any, ...], ranks: Ranks) -> tuple[Any, ...]:
@@ -84,7 +85,7 @@ def _all_logits(module: nn.Linear, args: tuple[Any, ...], output: Tensor, ranks:
     return gather_vocabulary(output, ranks, module.out_features)
 
 
-def _logits_of_mesh(module: nn.Linear, args: tuple[Any, ...], output: Tensor, mesh: DeviceMesh) -> Tensor:
+def _logits_as_dtensor(module: nn.Linear, args: tuple[Any, ...], output: Tensor, mesh: DeviceMesh) -> Tensor:
     batch, length, _ = output.shape
     size = module.out_features
     shape, stride = torch.Size((batch, length, size)), (length * size, size, 1)  # the ranks' parts may differ in size
@@ -96,9 +97,9 @@ class _LocalParameters:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.weight = _local(module.weight)  # type: ignore[arg-type]
+        self.weight = _local_part(module.weight)  # type: ignore[arg-type]
         bias = getattr(module, "bias", None)
-        self.bias = None if bias is None else _local(bias)
+        self.bias = None if bias is None else _local_part(bias)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
@@ -124,7 +125,7 @@ def _embedding_of_rows(base: type[nn.Embedding], ranks: Ranks) -> type[nn.Embedd
     def forward(self: nn.Embedding, tokens: Tensor) -> Tensor:
         first, end = vocabulary_rows(self.num_embeddings, ranks)
         here = (tokens >= first) & (tokens < end)
-        found = F.embedding(torch.where(here, tokens - first, 0), _local(self.weight))
+        found = F.embedding(torch.where(here, tokens - first, 0), _local_part(self.weight))
         return torch.where(here.unsqueeze(-1), found, 0)
 
     return type(f"RowsOf{base.__name__}", (base,), {"forward": forward})

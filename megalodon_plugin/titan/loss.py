@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torchtitan.components.loss import build_cross_entropy_loss
 
-from megalodon_plugin.model.output import output_of
+from megalodon_plugin.model.output import attached_output_layer
 
 
 class ScaledLoss:
@@ -35,7 +35,7 @@ class ScaledLoss:
             self.scale = 1.0
 
     def __call__(self, pred: Tensor, labels: Tensor) -> Tensor:
-        output = output_of(pred)
+        output = attached_output_layer(pred)
         loss = self.loss_fn(pred, labels) if output is None else output(pred, labels)
         return loss if isinstance(self.scale, float) and self.scale == 1.0 else loss * self.scale
 
