@@ -19,7 +19,7 @@ from torch import nn
 from megalodon_plugin.files import new_figure, write_figure, write_json
 from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model.inference.decode import Decoder
-from megalodon_plugin.model.inference.prefill import Reading, read
+from megalodon_plugin.model.inference.prefill import Prefilled, prefill
 from megalodon_plugin.model.precision import lower_matrices
 
 from .environment import Environment, device_name, device_of, environment
@@ -118,19 +118,19 @@ def _measure_megalodon(options: GenerateOptions, text: torch.Tensor, results: Ge
     device = text.device
     model = _megalodon(options.flavor, device)
     results["parameters"]["megalodon"] = _count_parameters(model)
-    read(model, [text[: 2 * model.cfg.chunk_size]])  # compiles kernels
-    longest: Reading | None = None
+    prefill(model, [text[: 2 * model.cfg.chunk_size]])  # compiles kernels
+    longest: Prefilled | None = None
     for length in sorted(options.lengths):
         for _ in range(_passes(length)):
             with _measured(device) as cost:
-                longest = read(model, [text[:length]])
+                longest = prefill(model, [text[:length]])
         _add(results, _row("megalodon", "read", 1, length, length, cost))
     assert longest is not None
-    first = read(model, [text[:1]])
-    for reading, context in ((longest, max(options.lengths)), (first, 1)):
+    first = prefill(model, [text[:1]])
+    for prefilled, context in ((longest, max(options.lengths)), (first, 1)):
         for compiled in (False, True) if device.type == "cuda" else (False,):
             for batch in options.batches:
-                _add(results, _decode(model, reading, batch, context, options.steps, compiled))
+                _add(results, _decode(model, prefilled, batch, context, options.steps, compiled))
 
 
 def _measure_llama(options: GenerateOptions, text: torch.Tensor, results: GenerateResults) -> None:
@@ -218,9 +218,11 @@ def _row(model: str, what: str, batch: int, context: int, n_tokens: int, cost: _
     return row
 
 
-def _decode(model: Megalodon, reading: Reading, batch: int, context: int, steps: int, compiled: bool) -> GenerateRow:
-    decoder = Decoder(model, reading.state.select([0] * batch), compile=compiled)
-    token = reading.logits.argmax(-1).expand(batch)
+def _decode(
+    model: Megalodon, prefilled: Prefilled, batch: int, context: int, steps: int, compiled: bool
+) -> GenerateRow:
+    decoder = Decoder(model, prefilled.state.select([0] * batch), compile=compiled)
+    token = prefilled.logits.argmax(-1).expand(batch)
     decoder.step(token)
     with _measured(token.device) as cost:
         for _ in range(steps):

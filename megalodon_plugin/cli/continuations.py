@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 
 from megalodon_plugin.model.inference.generate import continue_from
-from megalodon_plugin.model.inference.prefill import Reading, read
+from megalodon_plugin.model.inference.prefill import Prefilled, prefill
 from megalodon_plugin.model.inference.sampling import Sampling
 
 from .text_output import RowText, show_in_order
@@ -47,9 +47,9 @@ def generate_from_checkpoint(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_checkpoint(checkpoint, device)
     prompts = encode(tokenizer, [prompt], True)
-    reading = read_prompts(model, prompts, None, None)
+    prefilled = prefill_prompts(model, prompts, None, None)
     decoding = Decoding(max_new_tokens, Sampling(temperature=temperature), seed, {tokenizer.eos_id} - {None})
-    return write_continuations(model, tokenizer, reading, prompts, decoding, out)[0]
+    return write_continuations(model, tokenizer, prefilled, prompts, decoding, out)[0]
 
 
 def encode(tokenizer: Any, prompts: list[str], begins: bool) -> list[Prompt]:
@@ -65,8 +65,8 @@ def encode(tokenizer: Any, prompts: list[str], begins: bool) -> list[Prompt]:
     return [Prompt(text, row) for text, row in zip(prompts, rows, strict=True)]
 
 
-def read_prompts(model: Any, prompts: list[Prompt], after: Reading | None, piece_tokens: int | None) -> Reading:
-    """`model.inference.prefill.read` with progress on stderr where prompts are long."""
+def prefill_prompts(model: Any, prompts: list[Prompt], after: Prefilled | None, piece_tokens: int | None) -> Prefilled:
+    """`model.inference.prefill.prefill` with progress on stderr where prompts are long."""
     rows = [prompt.tokens for prompt in prompts]
     total = sum(map(len, rows))
     device = model.tok_embeddings.weight.device
@@ -77,18 +77,18 @@ def read_prompts(model: Any, prompts: list[Prompt], after: Reading | None, piece
         sys.stderr.flush()
 
     progress: Callable[[int], None] | None = show_progress if total > 50_000 else None
-    return read(model, [row.to(device) for row in rows], after, piece_tokens, progress)
+    return prefill(model, [row.to(device) for row in rows], after, piece_tokens, progress)
 
 
 def write_continuations(
-    model: Any, tokenizer: Any, reading: Reading, prompts: list[Prompt], decoding: Decoding, out: TextIO
+    model: Any, tokenizer: Any, prefilled: Prefilled, prompts: list[Prompt], decoding: Decoding, out: TextIO
 ) -> list[str]:
     """Write prompts and continuations to `out` as they come; return the continuations."""
-    generator = torch.Generator(reading.logits.device).manual_seed(decoding.seed)
+    generator = torch.Generator(prefilled.logits.device).manual_seed(decoding.seed)
     n_tokens = min(tokenizer.get_vocab_size(), model.cfg.n_outputs)
     steps = continue_from(
         model,
-        reading,
+        prefilled,
         decoding.max_new_tokens,
         decoding.sampling,
         generator,

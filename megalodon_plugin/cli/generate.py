@@ -39,10 +39,10 @@ def run_generate(options: argparse.Namespace) -> None:
     Raises:
         ValueError: an option is wrong, or the checkpoint; see `titan.load_model.load_checkpoint`.
     """
-    from megalodon_plugin.model.inference.prefill import Reading
+    from megalodon_plugin.model.inference.prefill import Prefilled
     from megalodon_plugin.model.inference.sampling import Sampling
 
-    from .continuations import Decoding, encode, read_prompts, write_continuations
+    from .continuations import Decoding, encode, prefill_prompts, write_continuations
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     if options.max_new_tokens < 0:
@@ -58,16 +58,16 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.save_state is not None and not options.save_state.absolute().parent.is_dir():
         raise ValueError(f"`--save-state` must lie in a folder that exists, but is {options.save_state}")
     model, tokenizer = load_model(options)
-    after = Reading.load(options.load_state, model) if options.load_state else None
+    after = Prefilled.load(options.load_state, model) if options.load_state else None
     if after is not None and not prompts:
         prompts = [""] * len(after.logits)
     rows = encode(tokenizer, prompts, after is None)
-    reading = read_prompts(model, rows, after, options.prefill_tokens)
+    prefilled = prefill_prompts(model, rows, after, options.prefill_tokens)
     if options.save_state is not None:
-        reading.save(options.save_state, model)
+        prefilled.save(options.save_state, model)
     stops = {*options.stop_token, *([] if options.ignore_eos else [tokenizer.eos_id])} - {None}
     decoding = Decoding(options.max_new_tokens, sampling, options.seed, stops, options.compile)
-    write_continuations(model, tokenizer, reading, rows, decoding, sys.stdout)
+    write_continuations(model, tokenizer, prefilled, rows, decoding, sys.stdout)
 
 
 def _file_content(path: Path) -> str:

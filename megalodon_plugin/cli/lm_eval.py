@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 
 from megalodon_plugin.model.inference.generate import continue_from
-from megalodon_plugin.model.inference.prefill import PIECE_TOKENS, read
+from megalodon_plugin.model.inference.prefill import PIECE_TOKENS, prefill
 from megalodon_plugin.model.inference.sampling import Sampling
 from megalodon_plugin.model.inference.scoring import SLICE_TOKENS
 from megalodon_plugin.model.precision import DTYPES
@@ -87,7 +87,7 @@ class MegalodonLM(LM):
         n_prefix = max(n_prefix, 1)
         if len(text) <= n_prefix:
             return 0.0, True
-        state = read(self.model, [text[: n_prefix - 1]]).state if n_prefix > 1 else None
+        state = prefill(self.model, [text[: n_prefix - 1]]).state if n_prefix > 1 else None
         total, greedy = 0.0, True
         inputs, targets = text[n_prefix - 1 : -1], text[n_prefix:]
         for piece, wanted in zip(inputs.split(PIECE_TOKENS), targets.split(PIECE_TOKENS), strict=True):
@@ -102,13 +102,13 @@ class MegalodonLM(LM):
         until = [until] if isinstance(until, str) else until
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
         n_new = int(options.get("max_gen_toks", self._max_gen_toks))
-        reading = read(self.model, [torch.tensor(self._encode(context), device=self._device)])
+        prefilled = prefill(self.model, [torch.tensor(self._encode(context), device=self._device)])
         stops = {self.tokenizer.eos_id} - {None}
         n_tokens = min(self.tokenizer.get_vocab_size(), self.model.cfg.n_outputs)
         new: list[int] = []
         text = ""
         for token in continue_from(
-            self.model, reading, n_new, Sampling(temperature=temperature), None, n_tokens, stops
+            self.model, prefilled, n_new, Sampling(temperature=temperature), None, n_tokens, stops
         ):
             if int(token) in stops:
                 break

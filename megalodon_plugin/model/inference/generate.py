@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..model import Megalodon
 from .decode import Decoder
-from .prefill import Reading, read
+from .prefill import Prefilled, prefill
 from .sampling import Sampling
 
 ENDED = -1
@@ -26,7 +26,7 @@ def generate(
     top_p: float | None = None,
     stop_tokens: Collection[int] = (),
 ) -> Iterator[Tensor]:
-    """Yield the next token of each row, (B,) int64, again and again: `continue_from` after `read`.
+    """Yield the next token of each row, (B,) int64, again and again: `continue_from` after `prefill`.
 
     Args:
         model: in eval mode.
@@ -34,7 +34,7 @@ def generate(
         max_new_tokens: how many to yield.
         temperature, top_k, top_p: see `Sampling`.
         generator: source of the random numbers.
-        prefill_tokens: the prompt is read in pieces of this length; see `read`.
+        prefill_tokens: the prompt is read in pieces of this length; see `prefill`.
         n_tokens: only tokens below it are drawn (a tokenizer may have fewer than the model), all by default.
         stop_tokens: they end a row.
 
@@ -43,13 +43,13 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     _check_numbers(max_new_tokens, n_tokens)
-    reading = read(model, prompt, piece_tokens=prefill_tokens)
-    yield from continue_from(model, reading, max_new_tokens, sampling, generator, n_tokens, stop_tokens)
+    prefilled = prefill(model, prompt, piece_tokens=prefill_tokens)
+    yield from continue_from(model, prefilled, max_new_tokens, sampling, generator, n_tokens, stop_tokens)
 
 
 def continue_from(
     model: Megalodon,
-    reading: Reading,
+    prefilled: Prefilled,
     max_new_tokens: int,
     sampling: Sampling,
     generator: torch.Generator | None = None,
@@ -59,13 +59,13 @@ def continue_from(
 ) -> Iterator[Tensor]:
     """Yield the next token of each row, (B,) int64, until every row has ended; -1 for a row that has.
 
-    `reading` stays as it is. Arguments as for `generate`; for `compile` see `Decoder`.
+    `prefilled` stays as it is. Arguments as for `generate`; for `compile` see `Decoder`.
 
     Raises:
         ValueError: a number is out of range, or the logits are not finite.
     """
     _check_numbers(max_new_tokens, n_tokens)
-    logits = reading.logits
+    logits = prefilled.logits
     if not bool(logits.isfinite().all()):
         raise ValueError("the logits after the prompt must be finite, but are not: the weights may hold NaN")
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=logits.device)
@@ -78,7 +78,7 @@ def continue_from(
         if left == 1 or (len(stops) and bool(ended.all())):
             return
         if decoder is None:
-            decoder = Decoder(model, reading.state.map(torch.clone), compile=compile)
+            decoder = Decoder(model, prefilled.state.map(torch.clone), compile=compile)
         logits = decoder.step(token)
 
 

@@ -1,4 +1,4 @@
-"""Reading a prompt of any length in constant memory, and keeping what was read in a file."""
+"""Prefill: reading a prompt of any length in constant memory, and keeping what was read in a file."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ PIECE_TOKENS = 16384
 
 
 @dataclass(frozen=True)
-class Reading:
+class Prefilled:
     """A model after some text: its state, and the logits (B, vocabulary) of the token that comes next."""
 
     state: MegalodonState
@@ -32,7 +32,7 @@ class Reading:
         write_tensors(named, path, {"model": fingerprint(model)})
 
     @classmethod
-    def load(cls, path: str | Path, model: Megalodon) -> "Reading":
+    def load(cls, path: str | Path, model: Megalodon) -> "Prefilled":
         """Read what `save` wrote, onto the model's device.
 
         Raises:
@@ -63,19 +63,19 @@ def fingerprint(model: Megalodon) -> str:
 
 
 @torch.no_grad()
-def read(
+def prefill(
     model: Megalodon,
     prompts: Tensor | Sequence[Tensor],
-    after: Reading | None = None,
+    after: Prefilled | None = None,
     piece_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Reading:
+) -> Prefilled:
     """Read one prompt a row, of any lengths, in pieces: memory depends on the piece and not on the prompts.
 
     Args:
         model: in eval mode.
         prompts: (B, L) int64, or B tensors (L_b,) int64 of different lengths. A row may be empty if `after` is given.
-        after: what was read before, of as many rows.
+        after: the result of an earlier prefill, of as many rows.
         piece_tokens: length of the pieces of a row, by default as many chunks as make 16384 tokens over the rows.
         progress: called with the number of tokens that were read, over all rows, after every piece.
 
@@ -104,7 +104,7 @@ def read(
         for i, b in enumerate(active):
             states[b], logits[b] = state.select([i]) if len(active) > 1 else state, last[i : i + 1]  # type: ignore[union-attr]
         start = end
-    return Reading(MegalodonState.joined(states), torch.cat(logits))  # type: ignore[arg-type]
+    return Prefilled(MegalodonState.joined(states), torch.cat(logits))  # type: ignore[arg-type]
 
 
 def _piece(model: Megalodon, rows: int) -> int:
@@ -112,7 +112,7 @@ def _piece(model: Megalodon, rows: int) -> int:
     return max(1, PIECE_TOKENS // (rows * chunk)) * chunk
 
 
-def _check_prompts(model: Megalodon, rows: list[Tensor], after: Reading | None, piece_tokens: int | None) -> None:
+def _check_prompts(model: Megalodon, rows: list[Tensor], after: Prefilled | None, piece_tokens: int | None) -> None:
     if model.training:
         raise ValueError("the model must be in eval mode to generate; call `model.eval()`")
     if piece_tokens is not None and piece_tokens < 1:

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
 from megalodon_plugin.model.inference.decode import Decoder
 from megalodon_plugin.model.inference.generate import ENDED, continue_from
-from megalodon_plugin.model.inference.prefill import Reading, read
+from megalodon_plugin.model.inference.prefill import Prefilled, prefill
 from megalodon_plugin.model.inference.sampling import Sampling
 from megalodon_plugin.model.precision import float32_parameters, lower_matrices
 
@@ -43,28 +43,28 @@ def assert_same(a, b, tolerance=1e-10):
 def test_prompts_of_different_lengths_are_read_as_if_alone(piece):
     model, rows = small_model(), rows_of()
     told = []
-    reading = read(model, rows, piece_tokens=piece, progress=told.append)
+    prefilled = prefill(model, rows, piece_tokens=piece, progress=told.append)
     assert told[-1] == sum(LENGTHS)
-    assert reading.state.position.tolist() == list(LENGTHS)
+    assert prefilled.state.position.tolist() == list(LENGTHS)
     for b, row in enumerate(rows):
         with torch.no_grad():
             logits, state = model(row.unsqueeze(0), return_state=True)
-        assert_same(reading.logits[b], logits[0, -1])
-        assert_same(reading.state.select([b]), state)
+        assert_same(prefilled.logits[b], logits[0, -1])
+        assert_same(prefilled.state.select([b]), state)
 
 
 def test_rows_that_begin_at_different_positions_are_read_on_and_empty_ones_stay():
     model, first, then = small_model(), rows_of(), rows_of((5, 0, 2, 2 * C, 1))
-    reading = read(model, then, after=read(model, first))
-    whole = read(model, [torch.cat(pair) for pair in zip(first, then, strict=True)])
-    assert_same((reading.state, reading.logits), (whole.state, whole.logits))
+    prefilled = prefill(model, then, after=prefill(model, first))
+    whole = prefill(model, [torch.cat(pair) for pair in zip(first, then, strict=True)])
+    assert_same((prefilled.state, prefilled.logits), (whole.state, whole.logits))
 
 
 def test_steps_in_place_give_the_logits_of_the_full_pass_while_rows_cross_chunks_at_their_own_times():
     model, rows = small_model(), rows_of()
-    reading, steps = read(model, rows), 2 * C + 1
+    prefilled, steps = prefill(model, rows), 2 * C + 1
     new = torch.randint(31, (len(rows), steps), generator=torch.Generator().manual_seed(2))
-    decoder = Decoder(model, reading.state.map(torch.clone))
+    decoder = Decoder(model, prefilled.state.map(torch.clone))
     logits = torch.stack([decoder.step(token) for token in new.unbind(1)], 1)
     for b, row in enumerate(rows):
         with torch.no_grad():
@@ -75,7 +75,7 @@ def test_steps_in_place_give_the_logits_of_the_full_pass_while_rows_cross_chunks
 
 def test_a_step_writes_the_given_memory():
     model = small_model()
-    state = read(model, rows_of()).state
+    state = prefill(model, rows_of()).state
     before = [t.data_ptr() for t in pytree.tree_leaves(state)]
     with torch.no_grad():
         model.step_(torch.tensor([1, 2, 3, 4, 5]), state)
@@ -92,10 +92,12 @@ def test_generation_of_rows_of_different_lengths_is_that_of_each_row_alone():
     assert len(together.unique()) > 2
 
 
-def test_a_reading_is_not_changed_by_what_is_generated_from_it():
+def test_a_prefilled_prompt_is_not_changed_by_what_is_generated_from_it():
     model = small_model()
-    reading = read(model, rows_of())
-    first, again = (torch.stack(list(continue_from(model, reading, C + 2, Sampling(temperature=0)))) for _ in range(2))
+    prefilled = prefill(model, rows_of())
+    first, again = (
+        torch.stack(list(continue_from(model, prefilled, C + 2, Sampling(temperature=0)))) for _ in range(2)
+    )
     assert torch.equal(first, again)
 
 
@@ -160,53 +162,53 @@ class TestSampling:
 class TestFiles:
     def test_generation_goes_on_from_a_file_as_without_a_break(self, tmp_path):
         model, rows = small_model(), rows_of()
-        reading = read(model, rows)
-        reading.save(tmp_path / "state", model)
-        loaded = Reading.load(tmp_path / "state", model)
+        prefilled = prefill(model, rows)
+        prefilled.save(tmp_path / "state", model)
+        loaded = Prefilled.load(tmp_path / "state", model)
         assert [path.name for path in tmp_path.iterdir()] == ["state"]
-        texts = [torch.stack(list(continue_from(model, r, 20, Sampling(temperature=0)))) for r in (reading, loaded)]
+        texts = [torch.stack(list(continue_from(model, r, 20, Sampling(temperature=0)))) for r in (prefilled, loaded)]
         assert torch.equal(*texts)
 
     def test_a_state_of_other_weights_or_another_configuration_is_refused(self, tmp_path):
         model = small_model()
-        read(model, rows_of()).save(tmp_path / "state", model)
+        prefill(model, rows_of()).save(tmp_path / "state", model)
         with pytest.raises(ValueError, match="but was written by one with other weights"):
-            Reading.load(tmp_path / "state", small_model(seed=6))
+            Prefilled.load(tmp_path / "state", small_model(seed=6))
         with pytest.raises(ValueError, match=re.escape("must have shape (5, 16, 2, 4), but has (5, 8, 2, 4)")):
-            Reading.load(tmp_path / "state", small_model(chunk_size=16))
+            Prefilled.load(tmp_path / "state", small_model(chunk_size=16))
         with pytest.raises(ValueError, match="other weights"):
-            Reading.load(tmp_path / "state", small_model(rope_theta=500.0))
+            Prefilled.load(tmp_path / "state", small_model(rope_theta=500.0))
 
     def test_lower_matrices_leave_the_mark_as_it_is(self, tmp_path):
         model = small_model().float()
-        read(model, rows_of()).save(tmp_path / "state", model)
-        Reading.load(tmp_path / "state", lower_matrices(model, torch.bfloat16))
+        prefill(model, rows_of()).save(tmp_path / "state", model)
+        Prefilled.load(tmp_path / "state", lower_matrices(model, torch.bfloat16))
 
     def test_broken_files_are_refused(self, tmp_path):
         model = small_model()
-        read(model, rows_of()).save(tmp_path / "state", model)
+        prefill(model, rows_of()).save(tmp_path / "state", model)
         content = (tmp_path / "state").read_bytes()
         (tmp_path / "half").write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match="half must be a whole safetensors file, but: "):
-            Reading.load(tmp_path / "half", model)
+            Prefilled.load(tmp_path / "half", model)
         with pytest.raises(ValueError, match=r"must exist, but .*none does not"):
-            Reading.load(tmp_path / "none", model)
-        read(model, rows_of()).state.save(tmp_path / "bare")
+            Prefilled.load(tmp_path / "none", model)
+        prefill(model, rows_of()).state.save(tmp_path / "bare")
         with pytest.raises(ValueError, match="must hold the logits after the text"):
-            Reading.load(tmp_path / "bare", model)
+            Prefilled.load(tmp_path / "bare", model)
 
 
 class TestErrors:
     def test_prompts(self):
         model = small_model()
         with pytest.raises(ValueError, match=re.escape("tokens must lie in [0, `vocab_size` = 31), but are 3 to 31")):
-            read(model, [torch.tensor([3, 31])])
+            prefill(model, [torch.tensor([3, 31])])
         with pytest.raises(ValueError, match="must have shape"):
-            read(model, rows_of((3, 0)))
+            prefill(model, rows_of((3, 0)))
         with pytest.raises(ValueError, match="there must be a prompt a row of the state, 5, but are 2"):
-            read(model, rows_of((3, 4)), after=read(model, rows_of()))
+            prefill(model, rows_of((3, 4)), after=prefill(model, rows_of()))
         with pytest.raises(ValueError, match="`prefill_tokens` must be at least 1, but is 0"):
-            read(model, rows_of(), piece_tokens=0)
+            prefill(model, rows_of(), piece_tokens=0)
 
     def test_nan_in_the_weights(self):
         model = small_model()
@@ -228,7 +230,7 @@ class TestPrecision:
         """Both round; what is compared is as far from the float64 truth as the full pass is, within a factor."""
         truth, low = small_model(), lower_matrices(small_model().float(), torch.bfloat16)
         text = torch.randint(31, (2, 3 * C), generator=torch.Generator().manual_seed(4))
-        decoder = Decoder(low, read(low, text[:, :3]).state)
+        decoder = Decoder(low, prefill(low, text[:, :3]).state)
         steps = torch.stack([decoder.step(token) for token in text[:, 3:].unbind(1)], 1)
         with torch.no_grad():
             want, full = truth(text)[:, 3:], low(text)[:, 3:]
