@@ -50,7 +50,7 @@ def attend_in_place(q: Tensor, k: Tensor, v: Tensor, cached_k: Tensor, cached_v:
     """Attention of one timestep a row, (B, 1, H, F); k and v are written into the caches, nothing is copied.
 
     Arguments as in `attend_after_cache` with L = 1. Entries of the chunk before are left behind where a chunk begins:
-    see `MegalodonState.tidied`.
+    see `MegalodonState.with_unused_zeroed`.
     """
     batch, chunk_size, n_heads, _ = cached_k.shape
     fill, rows, dtype = position % chunk_size, torch.arange(batch, device=q.device), compute_dtype(q)

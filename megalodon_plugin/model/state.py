@@ -66,15 +66,15 @@ class MegalodonState(NamedTuple):
         layers = tuple(layer._replace(k=layer.k[:, :0].clone(), v=layer.v[:, :0].clone()) for layer in self.layers)
         return self._replace(layers=layers)
 
-    def tidied(self) -> "MegalodonState":
+    def with_unused_zeroed(self) -> "MegalodonState":
         """The state with 0 in the unused entries of the caches, where steps in place leave those of older chunks."""
 
-        def tidy(cache: Tensor) -> Tensor:
+        def zero_unused(cache: Tensor) -> Tensor:
             entries = torch.arange(cache.shape[1], device=cache.device)
             unused = entries >= (self.position % cache.shape[1]).unsqueeze(1)  # (B, C)
             return cache.masked_fill(unused[..., None, None], 0)
 
-        layers = tuple(layer._replace(k=tidy(layer.k), v=tidy(layer.v)) for layer in self.layers)
+        layers = tuple(layer._replace(k=zero_unused(layer.k), v=zero_unused(layer.v)) for layer in self.layers)
         return self._replace(layers=layers)
 
     @staticmethod

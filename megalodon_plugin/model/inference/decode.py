@@ -44,7 +44,7 @@ class Decoder:
     @property
     def state(self) -> MegalodonState:
         """A copy of the state after the steps so far."""
-        return self._state.tidied().map(torch.clone)
+        return self._state.with_unused_zeroed().map(torch.clone)
 
     def _capture(self) -> None:
         # The first runs compile kernels and choose algorithms, which a graph cannot hold. They write nothing but what

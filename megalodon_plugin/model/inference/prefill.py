@@ -28,7 +28,7 @@ class Prefilled:
 
     def save(self, path: str | Path, model: Megalodon) -> None:
         """Write to a safetensors file, whole or not at all, with the mark of the model that it belongs to."""
-        named = {**self.state.tidied().named(), "logits": self.logits}
+        named = {**self.state.with_unused_zeroed().named(), "logits": self.logits}
         write_tensors(named, path, {"model": fingerprint(model)})
 
     @classmethod
