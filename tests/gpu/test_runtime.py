@@ -75,7 +75,7 @@ def test_a_cuda_graph_replays_forward_and_backward_on_new_numbers(op: str, dtype
 @pytest.mark.parametrize("backend_name", ["aot_eager", "inductor"])
 def test_compiled_whole_equals_eager(op: str, dtype: torch.dtype, backend_name: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(CALLS[op], fullgraph=True, dispatch=backend_name)
+    compiled = torch.compile(CALLS[op], fullgraph=True, backend=backend_name)
     for length in (700, 701):  # the second with a symbolic length
         problem = make(op, dtype, length=length)
         assert differing(solve(problem, call=compiled), solve(problem)) == []
