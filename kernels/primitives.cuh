@@ -61,8 +61,8 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-// 16 bytes that are read or written once: they need not stay in L1. The rest of their 128 bytes is on its way to L2: other
-// blocks want it soon.
+// 16 bytes that are read or written once: they need not stay in L1. The rest of their 128 bytes is on its way to L2:
+// other blocks want it soon.
 __device__ __forceinline__ uint4 load_once(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"

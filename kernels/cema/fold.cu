@@ -1,5 +1,5 @@
-// The state that several consecutive slices of time leave, from what each leaves alone: sum_k q^steps(k) s_k, where k = 0
-// is the slice next to the one that wants to know and steps(k) are those between.
+// The state that several consecutive slices of time leave, from what each leaves alone: sum_k q^steps(k) s_k, where k
+// = 0 is the slice next to the one that wants to know and steps(k) are those between.
 //
 // One thread owns one order of one channel of one batch row. Powers and the sum are float64; the order is fixed.
 #include "cema/common.cuh"

@@ -7,15 +7,16 @@
 //   dp = sum_l g q^l dk_l + sum_t q^(T-1-t) dS_t,     dg = sum_l p q^l dk_l + sum_t q^(t+1) dC_t,
 //   dlog q = sum_l l p g q^l dk_l + sum_t (t+1) g q^(t+1) dC_t + sum_t (T-1-t) p q^(T-1-t) dS_t + T A dA.
 //
-// A thread block owns kChannels channels, one warp each, 16 orders of them (blockIdx.z: which 16), and every gridDim.y-th
-// group of time, in fixed order; groups are independent of each other because the passes kept the states at their edges.
-// All threads bring a group of x and of dy to shared memory, each warp works on its own channel alone. Two groups' buffers
-// alternate: between two barriers the block works on group i and brings in group i + 1. Half of the warps do the one first
-// and half the other, so that both go on at once; neighbouring warps run on different schedulers, so it is by warp / 4.
+// A thread block owns kChannels channels, one warp each, 16 orders of them (blockIdx.z: which 16), and every
+// gridDim.y-th group of time, in fixed order; groups are independent of each other because the passes kept the states
+// at their edges. All threads bring a group of x and of dy to shared memory, each warp works on its own channel
+// alone. Two groups' buffers alternate: between two barriers the block works on group i and brings in group i + 1.
+// Half of the warps do the one first and half the other, so that both go on at once; neighbouring warps run on
+// different schedulers, so it is by warp / 4.
 //
 // In a warp, the rows of the first products are states: rows g and g + 8 (g = lane / 4) of row tile m are the real and
-// imaginary part of order 8 m + g; the columns are blocks, and a lane holds 8 neighbouring ones, 8 (lane % 4) and on, so
-// the scan over blocks is arithmetic on registers with two shuffles. The states are then the left operands of the
+// imaginary part of order 8 m + g; the columns are blocks, and a lane holds 8 neighbouring ones, 8 (lane % 4) and on,
+// so the scan over blocks is arithmetic on registers with two shuffles. The states are then the left operands of the
 // products that sum over blocks, whose right operands are x and dy, transposed on the way from shared memory.
 //
 // Precision: tables and states are split into kTerms bfloat16 terms, x and dy are exact; sums are float32.
@@ -78,7 +79,8 @@ struct Groups {
     return tensor +
            (cursor.row * row + static_cast<long long>(cursor.group) * kGroupSteps * p.dim + at.first_channel) * bytes;
   }
-  // The states at a group's edges, one of four in each lane: h of both row tiles in lanes c = 0 and 1, l in c = 2 and 3.
+  // The states at a group's edges, one of four in each lane: h of both row tiles in lanes c = 0 and 1, l in c = 2 and
+  // 3.
   __device__ __forceinline__ Complex<float> load_edges(const Cursor& cursor) const {
     const int c = at.c, n = at.first_order + 8 * (c % 2) + at.g;
     const long long state = cursor.row * states_of_row + static_cast<long long>(at.channel) * p.order + n;
@@ -101,7 +103,8 @@ __device__ __forceinline__ void share_edges(Complex<float> (&h)[2], Complex<floa
   }
 }
 
-// Adds up the pieces of dy^T x over diagonals: lane l gets the sum of lag l, in a fixed order. `pieces` is shared memory.
+// Adds up the pieces of dy^T x over diagonals: lane l gets the sum of lag l, in a fixed order. `pieces` is shared
+// memory.
 __device__ __forceinline__ float sum_diagonals(float* pieces, const float (&d_lags)[kTimeTiles][4], const Place& at) {
 #pragma unroll
   for (int i = 0; i < kTimeTiles; ++i) {
@@ -169,9 +172,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_grad(const __grid
   write_table(in_table, p.coefficients, at.known, at.first_order, false, at.lane);
   write_table(out_table, p.coefficients, at.known, at.first_order, true, at.lane);
   sync_warp();
-  Decay decays[2];
+  LanePowers up[2];
+  Complex<float> left[2];
 #pragma unroll
-  for (int m = 0; m < 2; ++m) decays[m] = Decay(Coefficients(p.coefficients, at.known, at.first_order + 8 * m + at.g), at.c);
+  for (int m = 0; m < 2; ++m)
+    load_powers(up[m], left[m], Coefficients(p.coefficients, at.known, at.first_order + 8 * m + at.g), at.c);
 
   TableGradients d = {};
   const Groups groups(p, at);
@@ -212,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_grad(const __grid
       products(state, in_table, x_words, at.lane);
       products(grad, out_table, dy_words, at.lane);
       if (blocks < GroupTile::kBlocks) hand_on_gradient(grad, l, blocks - 8 * at.c);
-      d.scan(state, grad, h, l, decays, at.c);
+      d.scan(state, grad, h, l, up, left, at.c);
 #pragma unroll
       for (int k = 0; k < 2; ++k) d.add_products(state, grad, x_words, dy_words, k, at.lane);
     }

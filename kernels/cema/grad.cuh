@@ -17,8 +17,8 @@ constexpr int kTimeTiles = kBlock / 8;
 constexpr int kTableBytes = 2 * 2 * kTimeSteps * kTerms * 32 * 16;  // in and out table of one channel
 constexpr int kTileWords = kChannels * GroupTile::kChannelWords;
 
-// A group's x and dy, from device to shared memory. Nothing is loaded ahead: while some warps wait here, others work, and
-// registers are what cema_grad is short of.
+// A group's x and dy, from device to shared memory. Nothing is loaded ahead: while some warps wait here, others work,
+// and registers are what cema_grad is short of.
 __device__ __forceinline__ void bring(unsigned* tiles, const char* x, const char* dy, int steps, int dim, int channels) {
   Move x_moves[Staging<GroupTile>::kMoves], dy_moves[Staging<GroupTile>::kMoves];
   fetch<GroupTile>(x_moves, x, steps, dim, channels);
@@ -102,25 +102,15 @@ struct LanePowers {
   Complex<float> a1, a8, a16, mine;  // A, A^8, A^16, and what is left of the carried state at this lane's first block
 };
 
-// Powers of an order's decay A for the scans of both directions.
-struct Decay {
-  LanePowers up;
-  Complex<float> left;  // what is left of l, carried from the end, at this lane's last block
-  __device__ __forceinline__ Decay() {}
-  __device__ __forceinline__ Decay(const Coefficients& z, int c) {
-    up.a1 = convert<float>(z[kA]);
-    up.a8 = convert<float>(z[kA8]);
-    up.a16 = convert<float>(z[kA16]);
-    const Complex<float> powers[4] = {convert<float>(z[kPower]), up.a8, up.a16, convert<float>(z[kA16] * z[kA8])};
-    up.mine = c == 0 ? powers[0] : c == 1 ? powers[1] : c == 2 ? powers[2] : powers[3];
-    left = c == 3 ? powers[0] : c == 2 ? powers[1] : c == 1 ? powers[2] : powers[3];
-  }
-  __device__ __forceinline__ LanePowers down() const {
-    LanePowers q = up;
-    q.mine = left;
-    return q;
-  }
-};
+// The powers of an order, and `left`: what is left of l, carried from the end, at this lane's last block.
+__device__ __forceinline__ void load_powers(LanePowers& up, Complex<float>& left, const Coefficients& z, int c) {
+  up.a1 = convert<float>(z[kA]);
+  up.a8 = convert<float>(z[kA8]);
+  up.a16 = convert<float>(z[kA16]);
+  const Complex<float> powers[4] = {convert<float>(z[kPower]), up.a8, up.a16, convert<float>(z[kA16] * z[kA8])};
+  up.mine = c == 0 ? powers[0] : c == 1 ? powers[1] : c == 2 ? powers[2] : powers[3];
+  left = c == 3 ? powers[0] : c == 2 ? powers[1] : c == 1 ? powers[2] : powers[3];
+}
 
 // Blocks that the sequence does not have stand at the end: the first of them, block `first` of this lane, which adds
 // nothing of its own, hands on the carried gradient.
@@ -136,8 +126,8 @@ __device__ __forceinline__ void hand_on_gradient(float (&grad)[2][4][4], Complex
   }
 }
 
-// The scan over a lane's 8 blocks and the four lanes of an order, in three steps, each of which is taken for all scans at
-// once, so that one's latency is hidden by the others. BACKWARDS walks from the last block.
+// The scan over a lane's 8 blocks and the four lanes of an order, in three steps, each of which is taken for all
+// scans at once, so that one's latency is hidden by the others. BACKWARDS walks from the last block.
 template <bool BACKWARDS>
 __device__ __forceinline__ Complex<float> sum_of_blocks(const float (&u)[4][4], const LanePowers& q) {
   Complex<float> sum = block_of(u, BACKWARDS ? 7 : 0);
@@ -223,8 +213,10 @@ struct TableGradients {
 
   // Both scans, of the states up and of their gradients down: what blocks add becomes what they start from; and dA.
   __device__ __forceinline__ void scan(float (&state)[2][4][4], float (&grad)[2][4][4], Complex<float> (&h)[2],
-                                       Complex<float> (&l)[2], const Decay (&decays)[2], int c) {
-    const LanePowers up[2] = {decays[0].up, decays[1].up}, down[2] = {decays[0].down(), decays[1].down()};
+                                       Complex<float> (&l)[2], const LanePowers (&up)[2],
+                                       const Complex<float> (&left)[2], int c) {
+    LanePowers down[2] = {up[0], up[1]};
+    down[0].mine = left[0], down[1].mine = left[1];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       h[m] = state_of_lane<false>(sum_of_blocks<false>(state[m], up[m]), up[m], h[m], c);

@@ -6,11 +6,11 @@
 // where l is the conjugate of the state's gradient and the blocks are walked from the last one to the first.
 //
 // A thread block owns kChannels channels, one warp each, and walks their tiles of 16 blocks in order of time for some
-// batch rows and one segment. All threads move tiles between device and shared memory (cema/staging.cuh); each warp works
-// on its own channel of a tile alone, in place. Two tiles' buffers alternate: between two barriers the block brings in
-// tile i + 1, carries off tile i - 1 and works on tile i. Half of the warps do the moving first and half the work, so that
-// both go on at once; neighbouring warps run on different schedulers, so it is by warp / 4. The loads of tile i + 2 are
-// then under way in registers.
+// batch rows and one segment. All threads move tiles between device and shared memory (cema/staging.cuh); each warp
+// works on its own channel of a tile alone, in place. Two tiles' buffers alternate: between two barriers the block
+// brings in tile i + 1, carries off tile i - 1 and works on tile i. Half of the warps do the moving first and half
+// the work, so that both go on at once; neighbouring warps run on different schedulers, so it is by warp / 4. The
+// loads of tile i + 2 are then under way in registers.
 //
 // In a warp, the rows of the matrix products are the 16 blocks: rows g and g + 8 (g = lane / 4) hold blocks 2g and
 // 2g + 1 in walking order. A lane holds the states of orders 4 j + lane % 4 of its two blocks, real and imaginary part
@@ -20,9 +20,9 @@
 // With SUMMARY it walks without an output: each segment leaves the state that it makes of a zero one (its conjugate in
 // REVERSE, as everywhere inside).
 //
-// Precision: tables and states are split into kTerms bfloat16 terms, sums are float32. For bfloat16 activations the carried
-// state joins the first block's and goes through the scan. For float32 ones it is a float64 number beside the scan and
-// decays by A^16, made in float64, so that a slow decay does not gather the rounding of every tile.
+// Precision: tables and states are split into kTerms bfloat16 terms, sums are float32. For bfloat16 activations the
+// carried state joins the first block's and goes through the scan. For float32 ones it is a float64 number beside the
+// scan and decays by A^16, made in float64, so that a slow decay does not gather the rounding of every tile.
 #include "cema/pass.cuh"
 
 struct Params {
@@ -108,32 +108,31 @@ struct Walk {
   }
 };
 
-// The state that is carried from tile to tile: every lane holds orders c, 4 + c ... For bfloat16 activations only lanes
-// with g = 0 hold it.
-struct CarriedState {
+// Where the carried state of a row comes from and goes to. Every lane carries orders c, 4 + c ...; for bfloat16
+// activations only lanes with g = 0 do.
+struct StateRows {
   const Params& p;
   const Place& at;
   const Walk& walk;
   long long states_of_row, state_at;  // in a row: of order c, then 4 + c ...
   bool holds;
-  Complex<Real> h[kStateTiles];
 
-  __device__ __forceinline__ CarriedState(const Params& p, const Place& at, const Walk& walk) : p(p), at(at), walk(walk) {
+  __device__ __forceinline__ StateRows(const Params& p, const Place& at, const Walk& walk) : p(p), at(at), walk(walk) {
     states_of_row = static_cast<long long>(p.dim) * p.order;
     state_at = static_cast<long long>(at.known) * p.order + at.c;
     holds = kFloat32 || at.g == 0;
   }
 
   // Before the first tile of a row.
-  __device__ __forceinline__ void start_row(int row) {
+  __device__ __forceinline__ void start(Complex<Real> (&carry)[kStateTiles], int row) const {
 #pragma unroll
     for (int j = 0; j < kStateTiles; ++j) {
       const bool there = holds && at.real && 4 * j + at.c < p.order;
       const long long from = row * states_of_row + state_at + 4 * j;
       Complex<float> start = {0, 0};
       if (there && p.summaries && walk.segment > 0 && kWrites) {
-        // The first segment's summary is its whole outgoing state. Every segment from there to here has the same length,
-        // in either direction.
+        // The first segment's summary is its whole outgoing state. Every segment from there to here has the same
+        // length, in either direction.
         const long long stride = p.batch * states_of_row;
         Complex<Real> sum = convert<Real>(p.summaries[from]);
         const Complex<Real> decay = Coefficients(p.coefficients, at.known, 4 * j + at.c)[kSegment];
@@ -145,30 +144,30 @@ struct CarriedState {
         start = p.state_in[from];
         if (kReverse) start.im = -start.im;
       }
-      h[j] = convert<Real>(start);
+      carry[j] = convert<Real>(start);
     }
   }
 
   // After the last tile of a row.
-  __device__ __forceinline__ void finish_row(int row) const {
+  __device__ __forceinline__ void finish(const Complex<Real> (&carry)[kStateTiles], int row) const {
     Complex<float>* to = kWrites ? (walk.segment == p.segments - 1 ? p.state_out : nullptr) : p.summaries;
     if (!to || at.g != 0 || !at.real) return;
     to += ((kWrites ? 0 : walk.segment * static_cast<long long>(p.batch)) + row) * states_of_row + state_at;
 #pragma unroll
     for (int j = 0; j < kStateTiles; ++j) {
-      Complex<float> last = convert<float>(h[j]);
+      Complex<float> last = convert<float>(carry[j]);
       if (kReverse && kWrites) last.im = -last.im;
       if (4 * j + at.c < p.order) to[4 * j] = last;
     }
   }
 
   // Between two groups of tiles, for the backward pass.
-  __device__ __forceinline__ void keep(int row, int edge) const {
+  __device__ __forceinline__ void keep(const Complex<Real> (&carry)[kStateTiles], int row, int edge) const {
     if (at.g != 0 || !at.real) return;
     Complex<float>* to = p.boundaries + (static_cast<long long>(edge) * p.batch + row) * states_of_row + state_at;
 #pragma unroll
     for (int j = 0; j < kStateTiles; ++j)
-      if (4 * j + at.c < p.order) to[4 * j] = convert<float>(h[j]);
+      if (4 * j + at.c < p.order) to[4 * j] = convert<float>(carry[j]);
   }
 };
 
@@ -189,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
   sync_warp();
 
   const Walk walk(p, at);
-  CarriedState carried(p, at, walk);
+  const StateRows rows(p, at, walk);
+  Complex<Real> carry[kStateTiles];
   Move moves[Staging<PassTile>::kMoves];
   Cursor coming = {walk.first_row, 0}, current = coming, leaving = coming;
   walk.fetch_tile(moves, coming);
@@ -219,10 +219,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
       if (i == walk.total) continue;
       const int here = walk.place(current.walked), blocks = walk.steps_of(current.walked) / kBlock;
       unsigned* words = buffer + at.warp * PassTile::kChannelWords;
-      if (current.walked == 0) carried.start_row(current.row);
+      if (current.walked == 0) rows.start(carry, current.row);
       const int later = kReverse ? here + 1 : here;  // the first tile after the edge that the walk stands at
       if (kWrites && p.boundaries && later % kTilesPerGroup == 0 && later > 0 && later < walk.all_tiles)
-        carried.keep(current.row, later / kTilesPerGroup - 1);
+        rows.keep(carry, current.row, later / kTilesPerGroup - 1);
 
       unsigned x[kTimeSteps][kPlanes][4], states[kStateSteps][kTerms][4];
       float u[kStateTiles][4], y[kOutTiles][4];
@@ -230,13 +230,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_pass(const __grid
       state_product(u, x, in);
       toeplitz_product(y, x, toeplitz);
       const int missing = PassTile::kBlocks - blocks;
-      if (kReverse && missing > 0) hand_on_carry(u, carried.h, missing, at.g, at.c);
-      scan_blocks(states, u, carried.h, powers, blocks, carried.holds, at.lane);
+      if (kReverse && missing > 0) hand_on_carry(u, carry, missing, at.g, at.c);
+      scan_blocks(states, u, carry, powers, blocks, rows.holds, at.lane);
       if (kWrites) {
         add_states_to_output(y, states, out);
         write_blocks(words, y, at.block0, at.block1, at.c);
       }
-      if (current.walked == walk.tiles - 1) carried.finish_row(current.row);
+      if (current.walked == walk.tiles - 1) rows.finish(carry, current.row);
       current.advance(walk.tiles);
     }
   }

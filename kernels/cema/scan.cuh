@@ -1,5 +1,5 @@
-// The scan over the 16 blocks of a tile in cema/pass.cu, for one order of a channel, and the powers of the block's decay
-// A = q^T that it takes.
+// The scan over the 16 blocks of a tile in cema/pass.cu, for one order of a channel, and the powers of the block's
+// decay A = q^T that it takes.
 //
 // A lane has blocks 2 g and 2 g + 1 in walking order. What they add to the state comes in, the states that they start
 // from go out, and `carry`, the state before the tile, becomes the one after it.
@@ -38,8 +38,8 @@ __device__ __forceinline__ void load_powers(WidePowers& s, const Coefficients& z
   }
 }
 
-// The sum over this lane's blocks and those of the lanes before it, steps[k] = A^(2^(k + 1)). Returns it as the lane one g
-// before has it; lanes with g = 0 get that of the whole tile.
+// The sum over this lane's blocks and those of the lanes before it, steps[k] = A^(2^(k + 1)). Returns it as the lane
+// one g before has it; lanes with g = 0 get that of the whole tile.
 __device__ __forceinline__ Complex<float> scan_lanes(Complex<float> sum, const Complex<float> (&steps)[3], int lane) {
   const int g = lane / 4;
 #pragma unroll

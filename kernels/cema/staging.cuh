@@ -1,9 +1,9 @@
 // Activations between device memory, (time, channel), and a tile in shared memory, channel by channel.
 //
-// A tile is some blocks of T steps. Two neighbouring steps of one channel share a word, as the matrix units want them. A
-// thread moves `kMoves` times 2 steps x 8 channels: two rows of 16 bytes (32 for float32) that are re-paired in
-// registers. A float32 activation fills three planes with its bfloat16 terms; as an output it is put into the first two,
-// the even step's bits and the odd step's.
+// A tile is some blocks of T steps. Two neighbouring steps of one channel share a word, as the matrix units want
+// them. A thread moves `kMoves` times 2 steps x 8 channels: two rows of 16 bytes (32 for float32) that are re-paired
+// in registers. A float32 activation fills three planes with its bfloat16 terms; as an output it is put into the
+// first two, the even step's bits and the odd step's.
 //
 // Where a tile's words lie is its kernel's choice, a type `Tile` with
 //   kBlocks                blocks of the tile
@@ -74,8 +74,8 @@ __device__ __forceinline__ void write_row(const unsigned (&row)[kRowWords], T* t
   }
 }
 
-// `tile` points at the tile's first step and at the first channel of the block. The tile has `steps` steps and the block
-// `channels` channels; what is missing is zero.
+// `tile` points at the tile's first step and at the first channel of the block. The tile has `steps` steps and the
+// block `channels` channels; what is missing is zero.
 template <class Tile>
 __device__ __forceinline__ void fetch(Move (&moves)[Staging<Tile>::kMoves], const char* tile, int steps, int dim, int channels) {
   const int first = 8 * octet_of(threadIdx.x), count = channels - first;
