@@ -91,7 +91,7 @@ class MegalodonLM(LM):
         total, greedy = 0.0, True
         inputs, targets = text[n_prefix - 1 : -1], text[n_prefix:]
         for piece, wanted in zip(inputs.split(PIECE_TOKENS), targets.split(PIECE_TOKENS), strict=True):
-            features, state = self.model.features(piece.unsqueeze(0), state, return_state=True)
+            features, state = self.model.stream(piece.unsqueeze(0), state)
             for x, t in zip(features[0].split(SLICE_TOKENS), wanted.split(SLICE_TOKENS), strict=True):
                 found, same = _likelihoods(self.model.logits(x), t)
                 total, greedy = total + found, greedy and same

@@ -1,6 +1,7 @@
 """Megalodon's attention block: CEMA, normalised attention inside chunks, gates (arXiv 2404.08801, section 3)."""
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,13 @@ from megalodon_plugin.ops import chunk_attention
 from megalodon_plugin.ops.chunk_attention import chunk_attention_definition
 
 from .cema import CEMA
-from .chunk_cache import attend_after_cache, attend_in_place, first_cache
+from .chunk_cache import attend_after
 from .config import MegalodonConfig
 from .init import init_linear
 from .norm import RMSNorm, TimestepNorm, at_least_float32
 from .rank_hooks import LocalView, identity
 from .rotary import Rotary
-from .state import LayerState
+from .state import LayerPast, LayerState
 
 
 class QueryKey(nn.Module):
@@ -73,48 +74,55 @@ class MegalodonAttention(nn.Module):
         for linear in (self.wz, self.wv, self.wr, self.wh1, self.wh2):
             init_linear(linear, self.cfg.init_mode)
 
-    def forward(
-        self,
-        x: Tensor,
-        state: LayerState | None = None,
-        position: Tensor | None = None,
-        return_state: bool = False,
-        in_place: bool = False,
-    ) -> Tensor | tuple[Tensor, LayerState]:
-        """The block on a piece (B, L, D) after `state`; `position` (B,) timesteps come before it (None: none do).
+    @overload
+    def forward(self, x: Tensor, past: None = None) -> Tensor: ...
 
-        With `in_place`, for one timestep, the state's caches of keys and values are written and not copied.
+    @overload
+    def forward(self, x: Tensor, past: LayerPast) -> tuple[Tensor, LayerState]: ...
+
+    def forward(self, x: Tensor, past: LayerPast | None = None) -> Tensor | tuple[Tensor, LayerState]:
+        """The output (B, L, D) for rows from their start; for a piece after `past` the output and the state after it.
+
+        One method for both, for activation checkpointing wraps the module's call.
         """
-        cfg = self.cfg
+        return self._rows(x) if past is None else self._piece(x, past)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        t, _ = self.timestep_norm(x)
+        pending = self.cema.start(t)
+        v = self._values(t)  # needs nothing of CEMA, so that the exchange is hidden
+        e, _ = self.cema(t, pending=pending)
+        m = self._hidden_dropout(self.rms_norm(e))
+        q, k, r = self._queries_keys_gates(m, torch.arange(x.shape[1], device=x.device))
+        return self._output(x, m, self._attend(q, k, v), r)
+
+    def _piece(self, x: Tensor, past: LayerPast) -> tuple[Tensor, LayerState]:
+        assert self.cema.prefix is None, "a state belongs to whole rows, not to slices of ranks"
+        state = past.state
         t, norm_state = self.timestep_norm(x, None if state is None else state.norm)
-        started = self.cema.start(t)
-        v = F.silu(self.wv(t)).unflatten(2, (-1, cfg.value_head_dim))  # (B, L, H, V/H)
-        e, h = self.cema(t, None if state is None else state.h, return_state, started)
+        v = self._values(t)
+        e, h = self.cema(t, None if state is None else state.h)
         m = self._hidden_dropout(self.rms_norm(e))
         steps = torch.arange(x.shape[1], device=x.device)
-        positions = (steps if position is None else position.unsqueeze(1) + steps) % cfg.chunk_size
-        q, k = self.qk(self.wz(m), positions)  # (B, L, H, Z/H)
-        r = F.silu(self.wr(m))  # (B, L, V)
-        if state is None:
-            attended = self._attend(q, k, v)
-            cache = (first_cache(k, cfg.chunk_size), first_cache(v, cfg.chunk_size)) if return_state else None
-        elif state.k.shape[1] == 0:  # whole chunks after whole chunks
-            attended, cache = self._attend(q, k, v), (state.k, state.v)
-        elif in_place:
-            assert position is not None
-            attended, cache = attend_in_place(q, k, v, state.k, state.v, position), (state.k, state.v)
-        else:
-            assert position is not None
-            attended, new_k, new_v = attend_after_cache(q, k, v, state.k, state.v, position)
-            cache = (new_k, new_v)
+        q, k, r = self._queries_keys_gates(m, steps if state is None else past.position.unsqueeze(1) + steps)
+        attended, new_k, new_v = attend_after(past, q, k, v, self.cfg.chunk_size, self._attend)
+        return self._output(x, m, attended, r), LayerState(norm_state, h, new_k, new_v)
+
+    def _values(self, t: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, H, V/H)"""
+        return F.silu(self.wv(t)).unflatten(2, (-1, self.cfg.value_head_dim))
+
+    def _queries_keys_gates(self, m: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D), positions in the text (L,) or (B, L) -> two of (B, L, H, Z/H), and (B, L, V)"""
+        q, k = self.qk(self.wz(m), positions % self.cfg.chunk_size)
+        return q, k, F.silu(self.wr(m))
+
+    def _output(self, x: Tensor, m: Tensor, attended: Tensor, r: Tensor) -> Tensor:
         gated = self._hidden_dropout(attended.flatten(2) * r)
-        out = x + F.dropout(self.wh1(m) + self.wh2(gated), cfg.dropout, self.training)
-        if not return_state:
-            return out
-        assert h is not None and cache is not None
-        return out, LayerState(norm_state, h, *cache)
+        return x + F.dropout(self.wh1(m) + self.wh2(gated), self.cfg.dropout, self.training)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Chunk attention of rows whose first timestep begins a chunk."""
         if self.training and self.cfg.attention_dropout > 0:
             return chunk_attention_definition(q, k, v, self.cfg.chunk_size, self.cfg.attention_dropout)
         return chunk_attention(q, k, v, self.cfg.chunk_size)

@@ -1,15 +1,17 @@
 """One layer: the attention block, then the feed-forward network with the residual from the layer's input."""
 
+from typing import overload
+
 from torch import Tensor, nn
 
 from .attention import MegalodonAttention
 from .config import MegalodonConfig
 from .feed_forward import FeedForward
-from .state import LayerState
+from .state import LayerPast, LayerState
 
 
 class MegalodonBlock(nn.Module):
-    """x (B, L, D) -> (B, L, D); with a state, a piece of a text and what it leaves."""
+    """x (B, L, D) -> (B, L, D): rows from their start, or a piece of each row's text after an earlier one."""
 
     def __init__(self, cfg: MegalodonConfig, layer_id: int):
         super().__init__()
@@ -20,20 +22,18 @@ class MegalodonBlock(nn.Module):
         self.attention.init_weights()
         self.feed_forward.init_weights()
 
-    def forward(
-        self,
-        x: Tensor,
-        state: LayerState | None = None,
-        position: Tensor | None = None,
-        return_state: bool = False,
-        in_place: bool = False,
-    ) -> Tensor | tuple[Tensor, LayerState]:
-        """Whole rows without a state: the output alone. With `return_state`: the output and the state after it.
+    @overload
+    def forward(self, x: Tensor, past: None = None) -> Tensor: ...
 
-        `in_place`: see `MegalodonAttention.forward`.
+    @overload
+    def forward(self, x: Tensor, past: LayerPast) -> tuple[Tensor, LayerState]: ...
+
+    def forward(self, x: Tensor, past: LayerPast | None = None) -> Tensor | tuple[Tensor, LayerState]:
+        """The output for rows from their start; for a piece after `past` the output and the state after it.
+
+        One method for both, as in `MegalodonAttention`: FSDP, activation checkpointing and torch.compile wrap the call.
         """
-        attended = self.attention(x, state, position, return_state, in_place)
-        if not return_state:
-            return self.feed_forward(attended, x)
-        y, new_state = attended
-        return self.feed_forward(y, x), new_state
+        if past is None:
+            return self.feed_forward(self.attention(x), x)
+        y, state = self.attention(x, past)
+        return self.feed_forward(y, x), state

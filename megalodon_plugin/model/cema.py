@@ -36,21 +36,23 @@ class CEMA(nn.Module):
         init_random(self.omega, nn.init.trunc_normal_, std=0.25, a=-1.0, b=1.0)
 
     def start(self, x: Tensor) -> Tensor | None:
-        """Start what `forward` needs from other ranks; independent work may be done before it is called."""
+        """Start the exchange that `forward` needs, if any; work that does not need CEMA can run before `forward`."""
         return None if self.prefix is None else self.prefix.start(x, self._parameters_here())
 
-    def forward(
-        self, x: Tensor, h0: Tensor | None = None, return_state: bool = False, started: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """`ops.cema`; `started` is what `start` returned for the same x."""
+    def forward(self, x: Tensor, h0: Tensor | None = None, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`ops.cema` of x (B, L, D) after the hidden state h0 (None: zero): y, and the hidden state after x.
+
+        `pending` is what `start` returned for the same x; h0 then comes from the ranks before this one.
+        """
         parameters = self._parameters_here()
-        if self.prefix is None or started is None:
-            return cema(x, *parameters[:5], h0=h0, return_state=return_state, cema_input=self.cema_input)
-        assert h0 is None and not return_state
-        h0 = self.prefix.before(started, parameters, x.shape[1])
-        y, h_last = cema(x, *parameters[:5], h0=h0, return_state=True, cema_input=self.cema_input)
-        assert h_last is not None
-        return self.prefix.after(y, h_last, parameters), None
+        if self.prefix is not None and pending is not None:
+            assert h0 is None
+            h0 = self.prefix.before(pending, parameters, x.shape[1])
+        y, h = cema(x, *parameters[:5], h0=h0, return_state=True, cema_input=self.cema_input)
+        assert h is not None
+        if self.prefix is not None and pending is not None:
+            y = self.prefix.after(y, h, parameters)
+        return y, h
 
     def _parameters_here(self) -> CemaParameters:
         own = (self.alpha, self.delta, self.theta, self.gamma, self.omega)

@@ -5,27 +5,58 @@ one aligned row, in which the chunk starts at 0; entry s of it is cached for s <
 All shapes depend on the piece's length alone, never on the positions, so a step can be captured in a CUDA graph.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from megalodon_plugin.ops import chunk_attention
 from megalodon_plugin.ops.checks import compute_dtype, without_autocast
 
+from .state import LayerPast
 
-def first_cache(t: Tensor, chunk_size: int) -> Tensor:
+
+def attend_after(
+    past: LayerPast,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    attend_rows: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of a piece after `past`, and the caches of keys and values after it.
+
+    Args:
+        q, k: (B, L, H, E), rotated by their position inside the chunk. v: (B, L, H, F).
+        attend_rows: chunk attention of q, k, v whose first timestep begins a chunk.
+
+    Returns:
+        (B, L, H, F), and the caches (B, C, H, E) and (B, C, H, F), or those of 0 entries that `past` has.
+    """
+    state = past.state
+    if state is None:
+        return attend_rows(q, k, v), _first_cache(k, chunk_size), _first_cache(v, chunk_size)
+    if state.k.shape[1] == 0:  # whole chunks after whole chunks
+        return attend_rows(q, k, v), state.k, state.v
+    if past.in_place:
+        return _attend_in_place(q, k, v, state.k, state.v, past.position), state.k, state.v
+    return _attend_after_cache(q, k, v, state.k, state.v, past.position)
+
+
+def _first_cache(t: Tensor, chunk_size: int) -> Tensor:
     """What a text that starts with t (B, L, H, E) leaves of its unfinished chunk, (B, C, H, E), 0 behind the end."""
     rest = t.shape[1] % chunk_size
     cache = t.new_zeros(t.shape[0], chunk_size, *t.shape[2:])
     return torch.cat([t[:, t.shape[1] - rest :], cache[:, rest:]], 1)
 
 
-def attend_after_cache(
+def _attend_after_cache(
     q: Tensor, k: Tensor, v: Tensor, cached_k: Tensor, cached_v: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of a piece, and the caches after it.
 
     Args:
-        q, k: (B, L, H, E), rotated by their position inside the chunk. v: (B, L, H, F).
+        q, k, v: as in `attend_after`.
         cached_k: (B, C, H, E). cached_v: (B, C, H, F).
         position: (B,) int64, timesteps before the piece.
 
@@ -46,10 +77,10 @@ def attend_after_cache(
     return out, _take(k_all, sources).masked_fill(unused, 0), _take(v_all, sources).masked_fill(unused, 0)
 
 
-def attend_in_place(q: Tensor, k: Tensor, v: Tensor, cached_k: Tensor, cached_v: Tensor, position: Tensor) -> Tensor:
+def _attend_in_place(q: Tensor, k: Tensor, v: Tensor, cached_k: Tensor, cached_v: Tensor, position: Tensor) -> Tensor:
     """Attention of one timestep a row, (B, 1, H, F); k and v are written into the caches, nothing is copied.
 
-    Arguments as in `attend_after_cache` with L = 1. Entries of the chunk before are left behind where a chunk begins:
+    Arguments as in `_attend_after_cache` with L = 1. Entries of the chunk before are left behind where a chunk begins:
     see `MegalodonState.with_unused_zeroed`.
     """
     batch, chunk_size, n_heads, _ = cached_k.shape

@@ -13,7 +13,7 @@ from .init import init_embedding
 from .norm import TimestepNorm, at_least_float32
 from .output import OutputLayer, attach_output_layer
 from .rotary import Rotary
-from .state import MegalodonState, check_state, empty_layer_state
+from .state import LayerPast, MegalodonState, check_state, empty_layer_state
 
 
 class Megalodon(nn.Module):
@@ -93,27 +93,30 @@ class Megalodon(nn.Module):
             raise ValueError(f"`tokens` must have shape (B, L), but has {tuple(tokens.shape)}")
         if tokens.shape[1] < 1:
             raise ValueError(f"`tokens` must hold at least one timestep, but has shape {tuple(tokens.shape)}")
-        x, new_state = self.features(tokens, state, return_state)
+        if state is None and not return_state:
+            return self._result(self.features(tokens))
+        x, new_state = self.stream(tokens, state)
+        return (self._result(x), new_state) if return_state else self._result(x)
+
+    def _result(self, x: Tensor) -> Tensor:
+        """What `forward` returns for features (B, L, D), or for activations in a stage without the output layer."""
         if self.training and self.logits_in_loss and isinstance(self.output, OutputLayer):
-            x = attach_output_layer(x, self.output)
-        elif self.output is not None:
-            x = self.logits(x)
-        return (x, new_state) if new_state is not None else x
+            return attach_output_layer(x, self.output)
+        return x if self.output is None else self.logits(x)
 
-    def features(
-        self, tokens: Tensor, state: MegalodonState | None = None, return_state: bool = False
-    ) -> tuple[Tensor, MegalodonState | None]:
-        """What the output layer reads, (B, L, D), and with `return_state` the state after the tokens; see `forward`.
+    def features(self, tokens: Tensor) -> Tensor:
+        """What the output layer reads, (B, L, D), for tokens (B, L) of rows that start a text.
 
-        For long pieces of which not all logits are wanted at once: L rows of logits are far larger than L of features.
+        For rows of which not all logits are wanted at once: L rows of logits are far larger than L of features.
         """
         x = self._embed(tokens)
-        if state is not None or return_state:
-            x, new_state = self._streamed(x, state)
-            return x, new_state if return_state else None
         for layer in self.layers.values():
             x = layer(x)
-        return (x if self.norm is None else self.norm(x)[0]), None
+        return x if self.norm is None else self.norm(x)[0]
+
+    def stream(self, tokens: Tensor, state: MegalodonState | None) -> tuple[Tensor, MegalodonState]:
+        """`features` of a piece (B, L) after `state` (None: it starts a text), and the state after it."""
+        return self._stream(tokens, state, in_place=False)
 
     def logits(self, features: Tensor) -> Tensor:
         """The output layer, (..., D) -> (..., vocabulary); dtypes as in `forward`."""
@@ -134,7 +137,7 @@ class Megalodon(nn.Module):
         """
         if tokens.ndim != 1:
             raise ValueError(f"`tokens` must have shape (B,), but has {tuple(tokens.shape)}")
-        x, new_state = self._streamed(self._embed(tokens.unsqueeze(1)), state, in_place=True)
+        x, new_state = self._stream(tokens.unsqueeze(1), state, in_place=True)
         for old, new in zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True):
             if old is not new:
                 old.copy_(new)
@@ -153,19 +156,17 @@ class Megalodon(nn.Module):
             x = x * math.sqrt(self.cfg.dim)
         return F.dropout(x, self.cfg.dropout, self.training)
 
-    def _streamed(
-        self, x: Tensor, state: MegalodonState | None, in_place: bool = False
-    ) -> tuple[Tensor, MegalodonState]:
+    def _stream(self, tokens: Tensor, state: MegalodonState | None, in_place: bool) -> tuple[Tensor, MegalodonState]:
+        x = self._embed(tokens)
         batch, length, _ = x.shape
         if state is not None:
             check_state(state, self.cfg, batch, length)
+        position = torch.zeros(batch, dtype=torch.int64, device=x.device) if state is None else state.position
         new_layers = []
         for i, layer in enumerate(self.layers.values()):
-            layer_state = None if state is None else state.layers[i]
-            x, new_layer = layer(x, layer_state, None if state is None else state.position, True, in_place)
+            x, new_layer = layer(x, LayerPast(None if state is None else state.layers[i], position, in_place))
             new_layers.append(new_layer)
         x, norm_state = self.norm(x, None if state is None else state.norm)
-        position = torch.zeros(batch, dtype=torch.int64, device=x.device) if state is None else state.position
         return x, MegalodonState(tuple(new_layers), norm_state, position + length)
 
     def empty_state(self, batch: int, dtype: torch.dtype | None = None) -> MegalodonState:

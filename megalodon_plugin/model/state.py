@@ -31,6 +31,19 @@ class LayerState(NamedTuple):
     v: Tensor
 
 
+class LayerPast(NamedTuple):
+    """What a layer reads a piece of a text after. The calls that take one return the `LayerState` after the piece too.
+
+    state: of the layer; None where every row starts a text.
+    position: timesteps that each row has read, (B,) int64.
+    in_place: for a piece of one timestep: write its key and value into the state's caches and copy nothing.
+    """
+
+    state: LayerState | None
+    position: Tensor
+    in_place: bool = False
+
+
 class MegalodonState(NamedTuple):
     """State of a model after a piece of text: one `LayerState` a layer, the final norm's statistics, and the number of
     timesteps read by each row, (B,) int64. Rows may be at different places.

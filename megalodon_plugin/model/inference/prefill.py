@@ -96,7 +96,7 @@ def prefill(
         state = None if after is None and start == 0 else MegalodonState.joined([states[b] for b in active])  # type: ignore[misc]
         text = torch.stack([rows[b][start:end] for b in active])
         for piece in text.split(piece_tokens or _piece(model, len(active)), 1):
-            features, state = model.features(piece, state, return_state=True)
+            features, state = model.stream(piece, state)
             n_read += piece.numel()
             if progress is not None:
                 progress(n_read)

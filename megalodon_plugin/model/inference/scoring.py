@@ -118,7 +118,7 @@ def score_text(
             whole = len(new) // context * context
             for part, length in ((slice(0, whole), context), (slice(whole, None), len(new) - whole)):
                 if len(inputs[part]):  # whole windows as rows, then the text's rest as one
-                    features, _ = model.features(inputs[part].view(-1, length))
+                    features = model.features(inputs[part].view(-1, length))
                     score.add(token_losses(model, features, targets[part].view(-1, length)))
         else:
             _read_piece(model, score, inputs, targets, windowed_norm)
@@ -127,8 +127,7 @@ def score_text(
 
 
 def _read_piece(model: Megalodon, score: Score, inputs: Tensor, targets: Tensor, windowed_norm: bool) -> None:
-    features, after = model.features(inputs.unsqueeze(0), score.state, return_state=True)
-    assert after is not None
+    features, after = model.stream(inputs.unsqueeze(0), score.state)
     score.add(token_losses(model, features, targets.unsqueeze(0)))
     if windowed_norm:
         assert score.window is not None

@@ -70,7 +70,7 @@ def test_every_token_but_the_first_is_scored_once_with_what_its_window_shows(con
 
 def test_logits_exist_for_a_slice_at_a_time():
     model, length = small_model(), 50
-    features, _ = model.features(Text(length).tokens.view(2, -1))
+    features = model.features(Text(length).tokens.view(2, -1))
     targets = torch.randint(31, (2, 25))
     sizes = []
     model.output.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
@@ -129,7 +129,7 @@ class TestWindowedNorm:
         window, state = NormWindow(C), None
         for n, piece in enumerate(Text(14 * C).tokens.unsqueeze(0).split(2 * C, 1), start=1):
             with torch.no_grad():
-                _, after = model.features(piece, state, return_state=True)
+                _, after = model.stream(piece, state)
             state = window.advance(state, after)
             for i, norm in enumerate([*(layer.norm for layer in state.layers), state.norm]):
                 seen = inputs[i][-3:] if n >= 4 else inputs[i]
