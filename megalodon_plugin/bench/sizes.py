@@ -5,7 +5,6 @@ from typing import Any
 
 VOCABULARY = 32000
 """Of all of them."""
-MODELS = ("megalodon", "llama")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torchtitan.config.job_config import Validation as HostValidation
 from torchtitan.hf_datasets import text_datasets
 from torchtitan.tools.logging import logger
 
+from megalodon_plugin.checkpoint.tokenizer_files import BYTE_TOKENIZER
 from megalodon_plugin.data.corpus import Corpus
 from megalodon_plugin.data.documents import DocumentCorpus, split_files
 from megalodon_plugin.data.files import (
@@ -121,7 +122,7 @@ def side_as_bytes(job_config: JobConfig, section: str) -> bytes:
 
     It is in memory as a whole: for looking at a text, not for training on it.
     """
-    corpus = corpus_of(job_config, section, load_tokenizer("byte"))
+    corpus = corpus_of(job_config, section, load_tokenizer(BYTE_TOKENIZER))
     documents = (text for unit in corpus.units for text in corpus.reader.documents(unit))
     return "".join(documents).encode()
 

@@ -11,7 +11,7 @@ from megalodon_plugin.titan.job_config import JobConfig
 
 from architecture.sources import ROOT, label
 
-PAGES = [ROOT / "README.md", *sorted([*(ROOT / "kernels").glob("*.md"), *(ROOT / "docs").rglob("*.md")])]
+PAGES = [ROOT / "README.md", *sorted([*(ROOT / "kernels").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 NAMED_FILE = re.compile(r"\b((?:train_configs|tests|megalodon_plugin|docs)/[\w./]+\.(?:toml|py|md))\b")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

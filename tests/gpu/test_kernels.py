@@ -1,6 +1,6 @@
 """The CUDA kernels against float64: outputs, states and every gradient, at sizes that fill nothing evenly.
 
-What is allowed is measured, not chosen: see `cli.bench_accuracy`, which the benchmark shares.
+What is allowed is measured, not chosen: see `bench.ops.accuracy`, which the benchmark shares.
 """
 
 from collections.abc import Callable, Iterator, Sequence

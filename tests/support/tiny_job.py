@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
+from megalodon_plugin.bench.parallel.matrix import write_texts
 
 from support.processes import HANG_S, run_python, run_python_until
 
@@ -41,14 +42,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "comm": {"init_timeout_seconds": HANG_S, "train_timeout_seconds": HANG_S},
     "debug": {"seed": 0},
 }
-
-
-def write_texts(folder: Path) -> Path:
-    """Six small text files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for n in range(1, 7):
-        (folder / f"{n}.txt").write_text("\n".join(f"{n} times {i} is {n * i}." for i in range(100)))
-    return folder
 
 
 def write_job(folder: Path, **sections: dict[str, Any]) -> Path:

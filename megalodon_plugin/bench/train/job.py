@@ -25,6 +25,7 @@ from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.protocols import train_spec
 from torchtitan.tools import utils
 
+from megalodon_plugin.checkpoint.tokenizer_files import BYTE_TOKENIZER
 from megalodon_plugin.parallel.layout import ONE_RANK, Layout
 from megalodon_plugin.titan.command_line import read_job
 
@@ -80,7 +81,7 @@ class TrainingJob:
             "experimental.custom_import": "megalodon_plugin.titan",
             "model.name": SPECS[self.model],
             "model.flavor": "bench",
-            "model.hf_assets_path": "byte",
+            "model.hf_assets_path": BYTE_TOKENIZER,
             "training.local_batch_size": self.batch,
             "training.seq_len": self.length,
             "training.global_batch_size": self.rows or -1,

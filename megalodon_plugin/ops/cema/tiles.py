@@ -138,4 +138,4 @@ def _variants() -> tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]:
 
 
 VARIANTS = _variants()
-"""Source, kernel and macros of everything that can be launched; the tests compile them for every architecture."""
+"""Source, kernel and macros of everything that can be launched; the tests compile all of them for Hopper."""

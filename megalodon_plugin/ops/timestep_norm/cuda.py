@@ -91,9 +91,7 @@ def forward(
         *(step_mean.data_ptr(), step_rstd.data_ptr(), address(totals), address(flags)),
         *(length, *step_mean.stride()[1:], num_groups, launch.blocks, eps),
     )
-    launch.kernel.launch(
-        launch.grid, launch.threads, params, stream_of(x.device), launch.shared_bytes, launch.blocks > 1
-    )
+    launch.start(params, stream_of(x.device))
     return y, last_count, last_mean, last_var, step_mean, step_rstd
 
 

@@ -23,7 +23,7 @@ VARIANTS = (
         for vector in (1, 16 // item)
     ),
 )
-"""Kernels that the tests compile for every architecture: source, name, macros."""
+"""Source, name and macros of the kernels that the tests compile, all of them for Hopper."""
 
 
 def takes(x: Tensor) -> bool:

@@ -88,4 +88,4 @@ def _variants() -> tuple[tuple[str, str, Defines], ...]:
 
 
 VARIANTS = _variants()
-"""Kernels that the tests compile for every architecture: source, name, macros."""
+"""Source, name and macros of the kernels that the tests compile, all of them for Hopper."""
