@@ -56,17 +56,17 @@ def run_plan(options: argparse.Namespace) -> int:
     from megalodon_plugin.files import write_text
     from megalodon_plugin.planning.candidates import PlanOptions, candidates
     from megalodon_plugin.planning.job import load_job
-    from megalodon_plugin.planning.report import advice, as_json, report
+    from megalodon_plugin.planning.report import advice, as_json, reasons, report
 
     plan, overrides = options_of(PlanOptions, options), options.host_options
     plan.validate()
     job = load_job(plan.config, plan.seq_len, overrides)
     found, refused = candidates(job, plan)
     if not found:
-        raise ValueError(f"`--gpus` must be a number that some layout takes, but is {plan.gpus}: {refused}")
+        raise ValueError(f"`--gpus` must be a number that some layout takes, but is {plan.gpus}:\n{reasons(refused)}")
     if plan.json is not None:
-        write_text(as_json(job, found, plan), plan.json)
-    print(report(job, found, plan, overrides))
+        write_text(as_json(job, found, refused, plan), plan.json)
+    print(report(job, found, refused, plan, overrides))
     if any(c.fits(plan.memory) for c in found):
         return 0
     print(advice(job, found, plan))

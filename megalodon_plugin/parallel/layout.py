@@ -14,8 +14,10 @@ from megalodon_plugin.model import MegalodonConfig
 
 OWN_ENTRY = "python -m torch.distributed.run -m megalodon_plugin.cli.train"
 DROPOUTS = ("dropout", "hidden_dropout", "attention_dropout")
-ONE_STAGE_A_RANK = ("1F1B", "GPipe")
+ONE_STAGE_A_RANK = ("1F1B", "GPipe", "PipelineScheduleSingle")
 """Schedules under which a rank of a pipeline holds one stage; under the others it holds several."""
+TWO_STAGES_A_RANK = ("ZBVZeroBubble", "DualPipeV")
+"""Schedules that come back: of 2 P stages the rank r of P holds the stages r and 2 P - 1 - r, and no others."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ DIMENSIONS = {
 }
 """By the names that layouts are written with."""
 CP, TP, PP = (f"parallelism.{DIMENSIONS[name].key}" for name in ("cp", "tp", "pp"))
+LAYERS_PER_STAGE = "parallelism.pipeline_parallel_layers_per_stage"
+PARTS = "parallelism.module_fqns_per_model_part"
+LESS_LAYERS = tuple(f"parallelism.pipeline_parallel_{end}_stage_less_layers" for end in ("first", "last"))
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,17 @@ class Job:
     microbatch_rows: int = 1
     """`parallelism.pipeline_parallel_microbatch_size`."""
     schedule: str = "1F1B"
-    """`parallelism.pipeline_parallel_schedule`."""
-    stages: int | None = None
-    """Stages that the job's options cut the model into; None: the host makes as many as it needs."""
+    """`parallelism.pipeline_parallel_schedule`, in capitals or not."""
+    schedule_csv: str | None = None
+    """`parallelism.pipeline_parallel_schedule_csv`, a file whose order of work replaces that of `schedule`. The model
+    is cut into stages for `schedule` all the same."""
+    layers_per_stage: int | None = None
+    """`parallelism.pipeline_parallel_layers_per_stage`."""
+    less_layers: tuple[int, int] = (1, 1)
+    """Those of LESS_LAYERS: as how many layers the host counts the embedding, and the last norm with the output."""
+    parts: int | None = None
+    """Length of `parallelism.module_fqns_per_model_part`, the stages as the user has written them; None: the host cuts
+    the model."""
     carry_state: bool = False
     float8: bool = False
     own_trainer: bool = True
@@ -143,7 +156,7 @@ def refusal(layout: Layout, config: MegalodonConfig, job: Job) -> str | None:
 
 def host_refusal(layout: Layout, n_layers: int, job: Job) -> str | None:
     """Why the host cannot train any model of `n_layers` layers so; None if it can."""
-    return next((reason for rule in (_rows, _stages) for reason in rule(layout, n_layers, job)), None)
+    return next((reason for rule in (_rows, _pipeline) for reason in rule(layout, n_layers, job)), None)
 
 
 def check_layout(layout: Layout, config: MegalodonConfig, job: Job) -> None:
@@ -277,29 +290,62 @@ def _rows(layout: Layout, n_layers: int, job: Job) -> Iterator[str]:
         )
 
 
-def _stages(layout: Layout, n_layers: int, job: Job) -> Iterator[str]:
+def _pipeline(layout: Layout, n_layers: int, job: Job) -> Iterator[str]:
     degree = layout.pp
     if degree == 1:
         return
-    if job.stages is None and degree > n_layers:
-        yield f"`{PP}` must be at most `n_layers` = {n_layers}, but is {degree}"
-    one_each = job.schedule in ONE_STAGE_A_RANK
-    if job.stages is not None and (job.stages != degree if one_each else job.stages % degree):
-        yield (
-            f"`{PP}` must {'be' if one_each else 'divide'} the {job.stages} stages that "
-            "`parallelism.module_fqns_per_model_part` or `parallelism.pipeline_parallel_layers_per_stage` asks for, "
-            f"but is {degree}"
-        )
+    yield from _stages(degree, n_layers, job)
     if job.local_rows % job.microbatch_rows:
         yield (
             "`training.local_batch_size` must be a multiple of `parallelism.pipeline_parallel_microbatch_size` = "
             f"{job.microbatch_rows}, but is {job.local_rows}"
         )
-    if job.schedule == "1F1B" and job.local_rows // job.microbatch_rows < degree:
+    least = job.microbatch_rows * degree
+    if is_schedule(job.schedule, "1F1B") and not job.schedule_csv and job.local_rows < least:
         yield (
             "`training.local_batch_size` must be at least `parallelism.pipeline_parallel_microbatch_size` x "
-            f"`{PP}` = {job.microbatch_rows} x {degree} under the schedule 1F1B, but is {job.local_rows}"
+            f"`{PP}` = {job.microbatch_rows} x {degree} under the schedule 1F1B, but is {job.local_rows}; what would "
+            f'work: {least} rows or more, or `parallelism.pipeline_parallel_schedule` = "GPipe", which waits longer'
         )
+
+
+def _stages(degree: int, n_layers: int, job: Job) -> Iterator[str]:
+    """The host makes as many stages as the schedule needs, or as options ask for, and shares the layers among them."""
+    fewest, most = (1, 1) if is_schedule(job.schedule, *ONE_STAGE_A_RANK) else (2, None)  # of a rank
+    if is_schedule(job.schedule, *TWO_STAGES_A_RANK):
+        most = 2
+    first, last = job.less_layers
+    layers, least = n_layers + first + last, max(1, first, last)
+    stages = degree * fewest
+    if job.layers_per_stage is not None:
+        stages = -(-layers // job.layers_per_stage)
+        yield from _stages_of_ranks(degree, stages, LAYERS_PER_STAGE, fewest, most)
+    if job.parts is not None:
+        # These the host takes one a rank too.
+        yield from _stages_of_ranks(degree, job.parts, PARTS, 1 if most is None else fewest, most)
+    elif stages * least > layers:
+        each_rank = f", with {fewest} stages a rank" if fewest > 1 else ""
+        key, rule, value = PP, f"be at most {layers // least // fewest}{each_rank}", degree
+        if job.layers_per_stage is not None:
+            key, rule, value = LAYERS_PER_STAGE, "make fewer stages", job.layers_per_stage
+        yield (
+            f"`{key}` must {rule}, so that each stage has at least {least} of `n_layers` = {n_layers} layers and the "
+            f"{first} + {last} that the embedding and the output count for (`{LESS_LAYERS[0]}`, `{LESS_LAYERS[1]}`), "
+            f"but is {value}"
+        )
+
+
+def _stages_of_ranks(degree: int, stages: int, option: str, fewest: int, most: int | None) -> Iterator[str]:
+    """Every rank holds as many stages, and as few or many as the schedule takes."""
+    if stages % degree == 0 and fewest <= stages // degree <= (most or stages):
+        return
+    rule = {(1, 1): "be", (2, 2): "be half of", (1, None): "divide", (2, None): "divide, and be at most half of,"}
+    yield (f"`{PP}` must {rule[fewest, most]} the {stages} stages that `{option}` asks for, but is {degree}")
+
+
+def is_schedule(schedule: str, *names: str) -> bool:
+    """Whether a schedule is one of these; like the host, in capitals or not."""
+    return schedule.lower() in [name.lower() for name in names]
 
 
 Rule = Callable[[Layout, Any, Job], Iterator[str]]

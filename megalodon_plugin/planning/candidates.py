@@ -5,11 +5,12 @@ Everything it prints but the parameter count is an estimate: memory from `planni
 """
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalodon_plugin.parallel.layout import DIMENSIONS, ONE_STAGE_A_RANK, Layout, refusal
+from megalodon_plugin.parallel.layout import DIMENSIONS, Layout, is_schedule, refusal
 
 from .job import PlannedJob
 from .links import Links
@@ -17,6 +18,7 @@ from .memory import Memory, Work
 from .traffic import Exchange
 
 GIB = 2**30
+ESTIMATED_SCHEDULES = ("1F1B", "GPipe")
 RESERVE = 0.1
 """Share of the memory left free: the allocator's gaps, attention's scores, NCCL's buffers, the CUDA context."""
 
@@ -100,23 +102,29 @@ def all_layouts(gpus: int) -> Iterator[Layout]:
         yield Layout(*degrees)
 
 
-def candidates(job: PlannedJob, plan: PlanOptions) -> tuple[list[Candidate], str]:
-    """The layouts that the rules allow, best first, and the reasons why others are not.
+@dataclass(frozen=True)
+class Refused:
+    """Layouts that the job cannot take for one reason."""
+
+    reason: str
+    """With the numbers of one of them."""
+    layouts: int
+
+
+def candidates(job: PlannedJob, plan: PlanOptions) -> tuple[list[Candidate], list[Refused]]:
+    """The layouts that the rules allow, best first, and why the others are refused, the commonest reason first.
 
     The best loses the least time. Estimates do not tell apart what differs by less than a percent of the step, so
-    there the one with fewer dimensions comes first, then the one that needs less memory.
+    there the one with fewer dimensions comes first, then the one that needs less memory. A layout that several rules
+    refuse counts for the first of them.
     """
     from megalodon_plugin.titan.job_rules import facts_of
 
-    found: list[Candidate] = []
-    reasons: dict[str, str] = {}
-    facts = dataclasses.replace(facts_of(job.options, job.args.n_layers), gpus_per_node=plan.gpus_per_node)
-    for layout in all_layouts(plan.gpus):
-        reason = refusal(layout, job.args, facts) or schedule_refusal(job, layout)
-        if reason is not None:
-            reasons.setdefault(reason.split(",")[0], reason)
-            continue
-        found.append(estimate(job, layout, plan.links, plan.tflops))
+    facts = dataclasses.replace(facts_of(job.options), gpus_per_node=plan.gpus_per_node)
+    reasons = {
+        layout: refusal(layout, job.args, facts) or schedule_refusal(job, layout) for layout in all_layouts(plan.gpus)
+    }
+    found = [estimate(job, layout, plan.links, plan.tflops) for layout, reason in reasons.items() if reason is None]
     found.sort(
         key=lambda c: (
             round(c.lost, 2),
@@ -124,18 +132,31 @@ def candidates(job: PlannedJob, plan: PlanOptions) -> tuple[list[Candidate], str
             c.memory.total,
         )
     )
-    return found, "; ".join(list(reasons.values())[:3])
+    return found, counted(reason for reason in reversed(reasons.values()) if reason is not None)
+
+
+def counted(reasons: Iterable[str]) -> list[Refused]:
+    """Reasons that differ in their numbers alone are one."""
+    refused: dict[str, Refused] = {}
+    for reason in reasons:
+        rule = re.sub(r"\d+", "N", reason.partition("; what would work")[0])
+        before = refused.get(rule, Refused(reason, 0))
+        refused[rule] = Refused(before.reason, before.layouts + 1)
+    return sorted(refused.values(), key=lambda one: one.layouts, reverse=True)
 
 
 def schedule_refusal(job: PlannedJob, layout: Layout) -> str | None:
     """Why a pipeline under the job's schedule cannot be estimated; None if it can."""
-    schedule = job.options.parallelism.pipeline_parallel_schedule
-    if layout.pp == 1 or schedule in ONE_STAGE_A_RANK:
-        return None
-    return (
-        f"`parallelism.pipeline_parallel_schedule` must be one of {ONE_STAGE_A_RANK} for a plan with stages, but is "
-        f"{schedule!r}"
-    )
+    parallelism = job.options.parallelism
+    schedule, csv = parallelism.pipeline_parallel_schedule, parallelism.pipeline_parallel_schedule_csv
+    if layout.pp > 1 and csv:
+        return f"`parallelism.pipeline_parallel_schedule_csv` must be empty for a plan with stages, but is {csv!r}"
+    if layout.pp > 1 and not is_schedule(schedule, *ESTIMATED_SCHEDULES):
+        return (
+            f"`parallelism.pipeline_parallel_schedule` must be {' or '.join(ESTIMATED_SCHEDULES)} for a plan with "
+            f"stages, but is {schedule!r}"
+        )
+    return None
 
 
 def estimate(job: PlannedJob, layout: Layout, links: Links, tflops: float) -> Candidate:

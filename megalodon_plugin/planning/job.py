@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megalodon_plugin.parallel.layout import DIMENSIONS, Layout, reshards_after_forward
+from megalodon_plugin.parallel.layout import DIMENSIONS, Layout, is_schedule, reshards_after_forward
 
 from .memory import Memory, Parameter, Stage, Work, parameters_of, rank_memory
 from .traffic import Exchange, exchanges_of_step
@@ -73,7 +73,7 @@ class PlannedJob:
             names = generate_llm_fqn_per_model_part(degree, self.args.n_layers, *less)
         microbatches = self.options.training.local_batch_size // options.pipeline_parallel_microbatch_size
         waiting = [microbatches] * degree
-        if options.pipeline_parallel_schedule == "1F1B":
+        if is_schedule(options.pipeline_parallel_schedule, "1F1B"):
             waiting = [min(n, degree - rank) for rank, n in enumerate(waiting)]
         layers = [sum(name.startswith("layers.") for name in part) for part in names]
         return [Stage(n, rank == 0, rank == degree - 1, waiting[rank]) for rank, n in enumerate(layers)]

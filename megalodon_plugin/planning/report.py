@@ -3,26 +3,55 @@
 import dataclasses
 import json
 import shlex
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from megalodon_plugin.parallel.layout import DIMENSIONS, Layout
+from megalodon_plugin.parallel.layout import Layout
 
-from .candidates import GIB, RESERVE, Candidate, PlanOptions, candidates
+from .candidates import GIB, RESERVE, Candidate, PlanOptions, Refused, candidates
 from .job import PlannedJob
 from .traffic import Exchange
 
+WIDTH = 120
+"""Of running text, characters."""
+LEGEND = (
+    "Degrees; GiB that a rank holds, in all in the total; GiB that it sends in a step, by dimension and in all;\n"
+    "seconds of a step if no exchange overlaps with computation; the share of them that is not computation."
+)
 
-def report(job: PlannedJob, found: list[Candidate], plan: PlanOptions, overrides: list[str]) -> str:
-    """The table of the layouts that fit, best first, and the recommendation."""
+
+def report(
+    job: PlannedJob, found: list[Candidate], refused: list[Refused], plan: PlanOptions, overrides: list[str]
+) -> str:
+    """Why layouts are refused, the table of those that fit, best first, and the recommendation."""
     fitting = [c for c in found if c.fits(plan.memory)]
     parts = [_head(job, found, fitting, plan)]
+    if refused:
+        number = sum(one.layouts for one in refused)
+        title = f"Refused: {number} of {number + len(found)} layouts, by the first rule that they break"
+        parts.append(f"{title}\n{reasons(refused)}")
     if fitting:
-        parts.append(_table(fitting[: plan.rows]))
+        parts.append(f"{_table(fitting[: plan.rows])}\n\n{LEGEND}")
         if len(fitting) > plan.rows:
             parts.append(f"... and {len(fitting) - plan.rows} more (--rows {len(fitting)})")
         parts += [_recommendation(fitting[0], plan, overrides), _exchanges(fitting[0], plan)]
     return "\n\n".join(parts)
+
+
+def reasons(refused: list[Refused]) -> str:
+    """Each reason behind the number of layouts that it refuses; its other numbers are those of one of them."""
+    return "\n".join(
+        textwrap.fill(
+            one.reason,
+            width=WIDTH,
+            initial_indent=f"{one.layouts:>6}  ",
+            subsequent_indent=" " * 8,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for one in refused
+    )
 
 
 def advice(job: PlannedJob, found: list[Candidate], plan: PlanOptions) -> str:
@@ -50,8 +79,8 @@ def advice(job: PlannedJob, found: list[Candidate], plan: PlanOptions) -> str:
     return "\n".join(lines)
 
 
-def as_json(job: PlannedJob, found: list[Candidate], plan: PlanOptions) -> str:
-    """Every allowed layout with its memory, times and exchanges; bytes and seconds."""
+def as_json(job: PlannedJob, found: list[Candidate], refused: list[Refused], plan: PlanOptions) -> str:
+    """Every allowed layout with its memory, times and exchanges, in bytes and seconds; and why others are refused."""
     keys = ("gpus", "memory", "gpus_per_node", "node_gb_s", "network_gb_s", "latency_us", "tflops")
     content = {
         "config": str(plan.config),
@@ -62,6 +91,7 @@ def as_json(job: PlannedJob, found: list[Candidate], plan: PlanOptions) -> str:
         "n_parameters": _n_parameters(job),
         "forward_flops_per_token": job.forward_flops,
         "layouts": [_candidate_json(c, plan) for c in found],
+        "refused": [dataclasses.asdict(one) for one in refused],
     }
     return json.dumps(content, indent=1) + "\n"
 
@@ -103,19 +133,30 @@ def _head(job: PlannedJob, found: list[Candidate], fitting: list[Candidate], pla
 
 
 def _table(shown: list[Candidate]) -> str:
-    heads = [*DIMENSIONS, "state", "gathered", "saved", "at work", "total GiB"]
-    heads += ["fsdp", "tp", "cp", "pp", "sent GiB", "compute", "exchange", "idle s", "lost"]
-    rows = [heads]
-    for c in shown:
-        m = c.memory
-        row = list(map(str, c.layout.degrees.values()))
-        sizes = (m.parameters + m.gradients + m.moments, m.gathered, m.saved, m.at_work, m.total)
-        row += [f"{size / GIB:.1f}" for size in sizes]
-        sent = [_sent(c.exchanges, names) for names in (("fsdp", "replicate"), ("tp",), ("cp",), ("pp",))]
-        row += [f"{size / GIB:.2f}" for size in (*sent, sum(sent))]
-        row += [f"{seconds:.2f}" for seconds in c.seconds.values()]
-        rows.append([*row, f"{c.lost:.1%}"])
-    return _aligned(rows)
+    columns = [_columns(c) for c in shown]
+    return _aligned([list(columns[0]), *(list(row.values()) for row in columns)])
+
+
+def _columns(c: Candidate) -> dict[str, str]:
+    """Heading -> what stands under it in a layout's line."""
+    m = c.memory
+    memory = {
+        "state": m.parameters + m.gradients + m.moments,
+        "gathered": m.gathered,
+        "saved": m.saved,
+        "at work": m.at_work,
+        "total GiB": m.total,
+    }
+    groups = {"fsdp": ("fsdp", "replicate"), "tp": ("tp",), "cp": ("cp",), "pp": ("pp",)}
+    sent = {f"{name} GiB": _sent(c.exchanges, dimensions) for name, dimensions in groups.items()}
+    sent["sent GiB"] = sum(sent.values())
+    return {
+        **{name: str(degree) for name, degree in c.layout.degrees.items()},
+        **{name: f"{size / GIB:.1f}" for name, size in memory.items()},
+        **{name: f"{size / GIB:.2f}" for name, size in sent.items()},
+        **{name: f"{seconds:.2f}" for name, seconds in c.seconds.items()},
+        "lost": f"{c.lost:.1%}",
+    }
 
 
 def _recommendation(best: Candidate, plan: PlanOptions, overrides: list[str]) -> str:

@@ -29,7 +29,7 @@ def check(job_config: Any, config: MegalodonConfig, own_trainer: bool) -> None:
     """Raise ValueError, naming option, rule and value, for what the model or, without the plugin's Trainer, the stock
     entry cannot train. Changes nothing.
     """
-    job = dataclasses.replace(facts_of(job_config, config.n_layers), own_trainer=own_trainer)
+    job = dataclasses.replace(facts_of(job_config), own_trainer=own_trainer)
     check_layout(layout_of(job_config), config, job)
     parallelism = job_config.parallelism
     if parallelism.expert_parallel_degree > 1:
@@ -83,9 +83,10 @@ def layout_of(job_config: Any) -> Layout:
     return Layout(**degrees)
 
 
-def facts_of(job_config: Any, n_layers: int) -> Job:
-    """What the rules of layouts need of the job, whose model has `n_layers` layers."""
+def facts_of(job_config: Any) -> Job:
+    """What the rules of layouts need of the job."""
     training, parallelism = job_config.training, job_config.parallelism
+    parts = parallelism.module_fqns_per_model_part
     lengths = {"training.seq_len": training.seq_len}
     if job_config.validation.enable:
         lengths["validation.seq_len"] = job_config.validation.seq_len
@@ -95,21 +96,16 @@ def facts_of(job_config: Any, n_layers: int) -> Job:
         rows=training.global_batch_size if training.global_batch_size > 0 else None,
         microbatch_rows=parallelism.pipeline_parallel_microbatch_size,
         schedule=parallelism.pipeline_parallel_schedule,
-        stages=_stages_asked_for(parallelism, n_layers),
+        schedule_csv=parallelism.pipeline_parallel_schedule_csv,
+        layers_per_stage=parallelism.pipeline_parallel_layers_per_stage,
+        less_layers=(
+            parallelism.pipeline_parallel_first_stage_less_layers,
+            parallelism.pipeline_parallel_last_stage_less_layers,
+        ),
+        parts=None if parts is None else len(parts),
         carry_state=carries_state(job_config),
         float8=FLOAT8 in job_config.model.converters,
     )
-
-
-def _stages_asked_for(parallelism: Any, n_layers: int) -> int | None:
-    """Into how many stages the job's options cut the model; None: the host makes as many as it needs."""
-    if parallelism.module_fqns_per_model_part is not None:
-        return len(parallelism.module_fqns_per_model_part)
-    if parallelism.pipeline_parallel_layers_per_stage is None:
-        return None
-    # The host counts the embedding and the output layer as so many layers.
-    first, last = (getattr(parallelism, f"pipeline_parallel_{end}_stage_less_layers") for end in ("first", "last"))
-    return -(-(n_layers + first + last) // parallelism.pipeline_parallel_layers_per_stage)
 
 
 # A carried state. Layouts that cannot carry one are refused above, checkpoints that lack one in checkpoint_checks.

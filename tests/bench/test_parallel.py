@@ -79,8 +79,8 @@ def test_what_is_not_timed_says_why() -> None:
         ("1.3B", "megalodon", "tp 2", None),
         ("1.3B", "megalodon", "tp 4", "must divide `n_heads` = 2, but is 4"),
         ("7B-width", "megalodon", "pp 4", None),
-        ("7B-width", "megalodon", "pp 8", "must be at most `n_layers` = 4, but is 8"),
-        ("7B-width", "llama", "pp 8", "must be at most `n_layers` = 4, but is 8"),
+        ("7B-width", "megalodon", "pp 8", "must be at most 6, so that each stage has at least 1 of"),
+        ("7B-width", "llama", "pp 8", "must be at most 6, so that each stage has at least 1 of"),
         ("7B-width", "llama", "fsdp 2 x tp 4", None),
         ("7B-width", "megalodon", "cp 8", None),
         (

@@ -1,11 +1,19 @@
 """Layouts: their names, the host's options for them, and every reason to refuse one."""
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtitan does
 from megalodon_plugin.model import PRESETS, MegalodonConfig
 from megalodon_plugin.parallel.layout import Job, Layout, host_refusal, refusal, reshards_after_forward
+
+# isort: split
+from torchtitan.config.job_config import Parallelism
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,
@@ -19,6 +27,7 @@ SIZES: dict[str, Any] = {
     "chunk_size": 16,
     "norm_groups": 4,
 }
+PP = r"`parallelism\.pipeline_parallel_degree`"
 TP = r"`parallelism\.tensor_parallel_degree`"
 
 
@@ -94,12 +103,26 @@ def test_layouts_that_are_taken(layout: str) -> None:
             "pp 8",
             {"local_rows": 8},
             {},
-            r"must be at most `n_layers` = 4, but is 8$",
+            r"must be at most 6, so that each stage has at least 1 of `n_layers` = 4 .* 1 \+ 1 .*, but is 8$",
         ),
-        ("pp 4", {"stages": 3}, {}, r"`parallelism.pipeline_parallel_degree` must be the 3 stages .*, but is 4$"),
-        ("pp 2", {"stages": 3, "schedule": "ZBVZeroBubble"}, {}, r"must divide the 3 stages .*, but is 2$"),
+        ("pp 4", {"schedule": "interleaved1f1b"}, {}, r"must be at most 3, with 2 stages a rank, .*, but is 4$"),
+        (
+            "pp 2",
+            {"less_layers": (3, 1), "layers_per_stage": 2, "schedule": "LoopedBFS"},
+            {},
+            r"`parallelism.pipeline_parallel_layers_per_stage` must make fewer .* at least 3 .* 3 \+ 1 .*, but is 2$",
+        ),
+        ("pp 4", {"parts": 3}, {}, rf"{PP} must be the 3 stages that .*module_fqns.*, but is 4$"),
+        ("pp 4", {"layers_per_stage": 2}, {}, rf"{PP} must be the 3 stages that .*layers_per_stage.*, but is 4$"),
+        ("pp 2", {"parts": 3, "schedule": "Interleaved1F1B"}, {}, r"must divide the 3 stages .*, but is 2$"),
+        ("pp 2", {"parts": 2, "schedule": "ZBVZeroBubble"}, {}, r"must be half of the 2 stages .*, but is 2$"),
         ("pp 2", {"microbatch_rows": 3}, {}, r"`training.local_batch_size` must be a multiple of .* = 3, but is 4$"),
-        ("pp 4", {"local_rows": 2}, {}, r"`training.local_batch_size` must be at least .* = 1 x 4 under .*, but is 2$"),
+        (
+            "pp 4",
+            {"local_rows": 2},
+            {},
+            r"`training.local_batch_size` must be at least .* = 1 x 4 under .*, but is 2; what would work: 4 rows",
+        ),
     ],
 )
 def test_layouts_that_are_refused(layout: str, job: dict[str, Any], options: dict[str, Any], message: str) -> None:
@@ -137,4 +160,66 @@ def test_any_model_of_the_host_is_refused_what_its_rows_and_layers_do_not_allow(
     assert host_refusal(Layout(tp=3, cp=7), 4, job) is None
     assert host_refusal(Layout(pp=4), 4, job) is None
     assert "must be a multiple of" in str(host_refusal(Layout(dp_shard=2), 4, job))
-    assert "must be at most `n_layers` = 3" in str(host_refusal(Layout(pp=4), 3, job))
+    assert "must be at most 3, " in str(host_refusal(Layout(pp=4), 1, job))
+
+
+def test_a_file_of_the_schedule_has_its_own_microbatches_but_not_its_own_stages() -> None:
+    written = {"schedule_csv": "schedule.csv", "local_rows": 1}
+    assert reason("pp 4", {"local_rows": 1}) is not None
+    assert reason("pp 4", written) is None
+    assert reason("pp 4", written | {"parts": 4}) is None
+    assert "must be the 8 stages" in str(reason("pp 4", written | {"parts": 8}))
+
+
+class AnyStage:
+    """In place of PyTorch's stage, which would talk to other ranks."""
+
+    is_first = is_last = True
+
+    def __init__(self, submod: Any, *_: Any, **__: Any):
+        self.submod = submod
+
+
+def host_takes(degree: int, n_layers: int, parallelism: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the host cuts a model into the stages of a rank."""
+    from torchtitan.distributed import pipeline_parallel
+
+    monkeypatch.setattr(pipeline_parallel, "PipelineStage", AnyStage)
+    monkeypatch.setattr(pipeline_parallel, "build_pipeline_schedule", lambda *_: None)
+    group = SimpleNamespace(size=lambda: degree, get_local_rank=lambda: 0, get_group=lambda _: None)
+    ranks = SimpleNamespace(pp=degree, get_mesh=lambda _: group)
+    model = nn.ModuleDict({"layers": nn.ModuleDict()})
+    try:
+        pipeline_parallel.pipeline_llm(
+            model,
+            ranks,  # type: ignore[arg-type]
+            SimpleNamespace(parallelism=parallelism),  # type: ignore[arg-type]
+            torch.device("cpu"),
+            SimpleNamespace(n_layers=n_layers),  # type: ignore[arg-type]
+            lambda part, *_: part,
+            lambda *_: None,  # type: ignore[arg-type, return-value]
+        )
+    except (ValueError, AssertionError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble", "dualpipev"])
+@pytest.mark.parametrize("layers_per_stage", [None, 1, 2, 3])
+def test_stages_are_refused_where_the_host_refuses_them(
+    schedule: str, layers_per_stage: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    for n_layers, degree, first, last in itertools.product(range(1, 7), range(2, 9), range(4), range(3)):
+        parallelism = Parallelism(
+            pipeline_parallel_schedule=schedule,
+            pipeline_parallel_layers_per_stage=layers_per_stage,
+            pipeline_parallel_first_stage_less_layers=first,
+            pipeline_parallel_last_stage_less_layers=last,
+        )
+        job = Job({}, 8, None, 1, schedule, None, layers_per_stage, (first, last))
+        case = n_layers, degree, first, last
+        found = host_refusal(Layout(pp=degree), n_layers, job)
+        taken.append(host_takes(degree, n_layers, parallelism, monkeypatch))
+        assert (found is None) == taken[-1], (case, found)
+    assert any(taken) and not all(taken)

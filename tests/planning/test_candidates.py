@@ -73,10 +73,12 @@ def test_the_rules_leave_what_the_adapter_takes(config: Path) -> None:
             taken = True
         except ValueError:
             taken = False
-        expected = layout.tp <= 2 and layout.cp <= 4 and layout.pp <= 2 and 16 % (4 * layout.data) == 0
+        expected = layout.tp <= 2 and layout.cp <= 4 and layout.pp <= 4 and 16 % (4 * layout.data) == 0
         assert (layout in allowed) == taken == expected, layout
     assert (
-        {c.tp for c in allowed} == {1, 2} and {c.cp for c in allowed} == {1, 2, 4} and {c.pp for c in allowed} == {1, 2}
+        {c.tp for c in allowed} == {1, 2}
+        and {c.cp for c in allowed} == {1, 2, 4}
+        and {c.pp for c in allowed} == {1, 2, 4}
     )
 
 
@@ -189,6 +191,37 @@ def test_the_numbers_of_the_page() -> None:
 # What it prints and writes
 
 
+def test_refused_layouts_are_counted_by_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    """The 7B file has one row a rank, too few for 1F1B, four heads, and rows of eight chunks."""
+    options = parse(CONFIGS / "megalodon_7b.toml", "--gpus", "64")
+    found, refused = candidates(load_job(options.config, None, []), options)
+    assert len(found) + sum(one.layouts for one in refused) == len(list(all_layouts(64))) == 210
+    few_rows, heads, chunks, layers = (one.reason for one in refused)
+    assert [one.layouts for one in refused] == [105, 35, 15, 1]
+    assert "`training.local_batch_size` must be" in few_rows and "1 x 2 under the schedule 1F1B" in few_rows
+    assert "2 rows or more" in few_rows and 'schedule` = "GPipe"' in few_rows
+    assert "`n_heads` = 4, but is 8; what would work: 1 or 2 or 4" in heads
+    assert "4096 x 16" in chunks and "at most 34," in layers
+    assert status(options.config, "--gpus", 64) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Refused: 156 of 210 layouts" in printed
+    assert all(f"{one.layouts} {one.reason}" in printed for one in refused)
+
+
+def test_only_some_schedules_are_estimated(config: Path, tmp_path: Path) -> None:
+    for option, value, message in (
+        ("schedule", "Interleaved1F1B", "must be 1F1B or GPipe for a plan with stages, but is 'Interleaved1F1B'"),
+        ("schedule_csv", str(tmp_path), "schedule_csv` must be empty for a plan with stages"),
+    ):
+        options = parse(config, "--gpus", "2")
+        job = load_job(config, None, [f"--parallelism.pipeline_parallel_{option}", value])
+        found, refused = candidates(job, options)
+        assert {c.layout.pp for c in found} == {1} and [one.layouts for one in refused] == [1]
+        assert message in refused[0].reason
+    job = load_job(config, None, ["--parallelism.pipeline_parallel_schedule", "gpipe"])
+    assert {c.layout.pp for c in candidates(job, options)[0]} == {1, 2}
+
+
 def test_what_it_prints_and_writes(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status(config, "--gpus", 4, "--json", tmp_path / "plan.json", "--optimizer.lr", "1e-3") == 0
     printed = capsys.readouterr().out
@@ -198,6 +231,7 @@ def test_what_it_prints_and_writes(config: Path, tmp_path: Path, capsys: pytest.
     assert all(entry["fits"] for entry in content["layouts"])
     assert best["memory"]["total"] == sum(size for name, size in best["memory"].items() if name != "total")
     assert "estimates" in printed.lower() and "Recommended" in printed
+    assert printed.count("\nreplicate ") == 1 and "Refused: 1 of 15 layouts" in printed
     lines = printed[printed.index("    [parallelism]") :].splitlines()[:6]
     degrees = tomllib.loads("\n".join(lines))["parallelism"]
     assert math.prod(degrees.values()) == 4
@@ -235,7 +269,7 @@ def test_where_nothing_fits_it_says_what_would(config: Path, capsys: pytest.Capt
     [
         (["--gpus", "0"], "`--gpus` must be positive, but is 0"),
         (["--gpus", "12"], "`--gpus` must fill nodes of 8, but is 12"),
-        (["--gpus", "7"], "`--gpus` must be a number that some layout takes, but is 7: "),
+        (["--gpus", "7"], "`--gpus` must be a number that some layout takes, but is 7:\n"),
         (["--gpus", "2", "--memory", "-1"], "`--memory` must be positive"),
         (["--gpus", "2", "--seq-len", "0"], "`--seq-len` must be at least 1"),
         (["--gpus", "2", "--parallelism.tensor_parallel_degree=2"], "the degrees are what a plan chooses"),
