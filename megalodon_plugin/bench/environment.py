@@ -1,4 +1,4 @@
-"""The head of every benchmark result: where, with which versions and how its numbers were measured."""
+"""The head of every result, of benchmarks and evaluations: where, by which versions and how it was measured."""
 
 import datetime
 import shlex

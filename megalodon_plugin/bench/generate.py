@@ -6,7 +6,6 @@ logits, for it has no cache to read in pieces with. Writing: one token a step af
 
 import contextlib
 import dataclasses
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from megalodon_plugin.model.precision import lower_matrices
 
 from .environment import Environment, device_name, device_of, environment
 from .sizes import LLAMA_OF_PRESET, VOCABULARY, LlamaSize
-from .timing import MIB, synchronize
+from .timing import MIB, peak_mib, synchronize
 
 
 @dataclass(frozen=True)
@@ -196,11 +195,9 @@ def _measured(device: torch.device) -> Iterator[_Cost]:
     yield cost
     synchronize(device)
     cost.seconds = time.perf_counter() - start
+    cost.peak_mib = peak_mib(device)
     if on_gpu:
-        cost.peak_mib = torch.cuda.max_memory_allocated(device) / MIB
         cost.extra_mib = cost.peak_mib - before
-    else:
-        cost.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _row(model: str, what: str, batch: int, context: int, n_tokens: int, cost: _Cost) -> GenerateRow:

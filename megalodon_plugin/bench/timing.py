@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -95,6 +96,13 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     yield lambda: torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak memory: of the GPU's tensors since the statistics were reset, on a CPU of the process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB
 
 
 def extra_memory(

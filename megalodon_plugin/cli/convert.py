@@ -34,10 +34,8 @@ def run_convert(options: argparse.Namespace) -> None:
 
     if not options.max_shard_gb > 0:
         raise ValueError(f"`--max-shard-gb` must be positive, but is {options.max_shard_gb}")
-    if options.target.exists():
-        raise ValueError(f"`target` must not exist yet, but {options.target} does")
+    check_target(options.target, options.to, options.shards)  # before a long read
     checkpoint = read_checkpoint(options.source)
-    check_target(options.target, checkpoint.config, options.to, options.shards)
     if options.tokenizer is not None:
         checkpoint = dataclasses.replace(checkpoint, tokenizer=options.tokenizer)
     if options.dtype is not None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_plugin import __version__
+from megalodon_plugin.bench.environment import device_name, environment
+from megalodon_plugin.bench.timing import peak_mib
 from megalodon_plugin.data.fingerprint import hash_of, tokenizer_probe
 from megalodon_plugin.data.stream import TextStream
 from megalodon_plugin.files import read_tensors, write_tensors
@@ -67,6 +67,7 @@ class Evaluation:
 
     def __init__(self, options: EvaluateOptions, files: list[Any], model: Megalodon, tokenizer: Any):
         self.options, self.files, self.model, self.tokenizer = options, files, model, tokenizer
+        self.environment = environment(device_name(self._device))
         self.contexts = sorted(options.context)
         self.results: list[dict[str, Any]] = []
         self.progress = options.out / "progress.safetensors"
@@ -94,7 +95,7 @@ class Evaluation:
             if self._device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds = self._score(score, seconds, n_tokens)
-            result = result_of(score, seconds, self._peak_mib(), n_bytes)
+            result = result_of(score, seconds, peak_mib(self._device), n_bytes)
             self.results.append(result)
             print(
                 f"context {context:>9,}: loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, "
@@ -140,10 +141,10 @@ class Evaluation:
                 seconds = begin + now - started
                 kept = score_tensors(score), seconds
                 if now - shown > 2:
-                    shown = now
+                    shown, memory = now, peak_mib(self._device)
                     sys.stderr.write(
                         f"\rcontext {score.context:,}: {score.n_read:,} of {n_tokens - 1:,} tokens, "
-                        f"{score.n_read / seconds:,.0f} tokens/s, loss {score.loss:.4f}, {self._peak_mib():,.0f} MiB  "
+                        f"{score.n_read / seconds:,.0f} tokens/s, loss {score.loss:.4f}, {memory:,.0f} MiB  "
                     )
                     sys.stderr.flush()
                 if now - saved > self.options.save_every:
@@ -180,14 +181,10 @@ class Evaluation:
         score = score_from(tensors, self.model.cfg.chunk_size) if "place" in tensors else None
         return score, content["seconds"]
 
-    def _peak_mib(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
     def _report(self, n_tokens: int, n_bytes: int) -> dict[str, Any]:
-        on_gpu, cfg = self._device.type == "cuda", self.model.cfg
+        cfg = self.model.cfg
         return {
+            **self.environment,
             "checkpoint": self.options.checkpoint.name,
             "data": Path(self.options.data).name,
             "tokens": n_tokens,
@@ -197,8 +194,5 @@ class Evaluation:
             "windowed_norm": self.options.windowed_norm,
             "dtype": self.identity["dtype"],
             "config": dataclasses.asdict(cfg),
-            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "torch": torch.__version__,
-            "version": __version__,
             "contexts": self.results,
         }

@@ -3,11 +3,9 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
+from megalodon_plugin.data.records import LOSSES, losses, read_records
 from megalodon_plugin.files import new_figure, write_figure, write_json
-
-LOSS = {"train": "loss_metrics/global_avg_loss", "validation": "validation_metrics/loss"}
 
 
 def add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,33 +15,6 @@ def add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     plot.set_defaults(run=lambda options: print(plot_run(options.run_folder)))
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`; of several of one kind and step the last.
-
-    Raises:
-        ValueError: there is no such file, or it holds no record.
-    """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"the run's folder must hold `metrics.jsonl`, but {run} does not")
-    records: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a killed run may have left a line half-written
-        records[record["kind"], record["step"]] = record
-    if not records:
-        raise ValueError(f"{path} must hold at least one record, but is empty")
-    return sorted(records.values(), key=lambda record: record["step"])
-
-
-def losses(records: list[dict[str, Any]], kind: str) -> tuple[list[int], list[float]]:
-    """Steps and losses of one kind, "train" or "validation"."""
-    chosen = [record for record in records if record["kind"] == kind]
-    return [record["step"] for record in chosen], [record[LOSS[kind]] for record in chosen]
-
-
 def plot_run(run: Path, levels: dict[str, float] | None = None) -> Path:
     """Draw `loss.png` in the run's folder, with the numbers in `loss.json` beside it.
 
@@ -51,11 +22,11 @@ def plot_run(run: Path, levels: dict[str, float] | None = None) -> Path:
         run: the job's dump folder.
         levels: horizontal lines to compare with, label -> loss; by default those of an earlier picture.
     """
-    records = read_metrics(run)
+    records = read_records(run)
     numbers_file = run / "loss.json"
     if levels is None:
         levels = json.loads(numbers_file.read_text())["levels"] if numbers_file.is_file() else {}
-    curves = {kind: losses(records, kind) for kind in LOSS}
+    curves = {kind: losses(records, kind) for kind in LOSSES}
     figure = new_figure(8, 5)
     axes = figure.subplots()
     axes.plot(*curves["train"], color="tab:blue", linewidth=1.2, label="training")

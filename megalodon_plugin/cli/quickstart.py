@@ -29,10 +29,11 @@ def _run(arguments: list[str] | None) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG)
     own, options = parser.parse_known_args(arguments)
 
+    from megalodon_plugin.data.records import losses, read_records
     from megalodon_plugin.titan.checkpoint_checks import is_complete
 
     from .continuations import generate_from_checkpoint
-    from .plot import losses, plot_run, read_metrics
+    from .plot import plot_run
     from .torchrun import training_command
 
     command = training_command(own.config, 1, options)
@@ -42,7 +43,7 @@ def _run(arguments: list[str] | None) -> None:
     finished = subprocess.run(command)
     if finished.returncode:
         sys.exit(finished.returncode)
-    steps, values = losses(read_metrics(run), "validation")
+    steps, values = losses(read_records(run), "validation")
     complete = [path for path in checkpoints.glob("step-*") if is_complete(path)]
     if not values or not complete:
         raise ValueError(

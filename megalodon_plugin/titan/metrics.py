@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torchtitan.components.metrics import BaseLogger, LoggerContainer, MetricsProcessor, _get_metrics_rank
 
+from megalodon_plugin.data import records
+
 from .job_rules import has_own_trainer
 from .loss_totals import Losses
 from .model_json import write_model_json
@@ -96,7 +98,7 @@ class JsonLinesMetrics(MetricsProcessor):
         if torch.distributed.get_rank() == _get_metrics_rank(parallel_dims, job_config):
             both = LoggerContainer()
             both.add_logger(self.logger)
-            both.add_logger(JsonLinesLogger(Path(job_config.job.dump_folder) / "metrics.jsonl"))
+            both.add_logger(JsonLinesLogger(Path(job_config.job.dump_folder) / records.FILE))
             self.logger = both
 
     def log(
@@ -110,7 +112,7 @@ class JsonLinesMetrics(MetricsProcessor):
         """The host's record of a training step, with the losses and the tokens of all ranks."""
         if self.numbers_of_step is not None:
             (global_avg_loss, global_max_loss), n_tokens_seen, others = self.numbers_of_step()
-            extra_metrics = (extra_metrics or {}) | {"n_tokens_seen": n_tokens_seen} | dict(others)
+            extra_metrics = (extra_metrics or {}) | {records.TOKENS_SEEN: n_tokens_seen} | dict(others)
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megalodon_plugin.data.records import GRADIENT_NORM, LARGEST_LOSS, MEAN_LOSS, TOKENS_SEEN, VALIDATION_LOSS
 from megalodon_plugin.files import write_json
 from megalodon_plugin.parallel.layout import DIMENSIONS, ONE_RANK, Layout
 
@@ -190,20 +191,20 @@ def check(entry: Entry, ranks: list[Row], single: Row) -> Outcome:
     if reason is not None:
         return {"deviation": None, "failed": reason}
     found, expected = records_of(ranks), single["records"]
-    training, validation = ([r for r in found if name in r] for name in ("grad_norm", "validation_metrics/loss"))
-    training_of_single = [r for r in expected if "grad_norm" in r]
-    validation_of_single = [r for r in expected if "validation_metrics/loss" in r]
+    training, validation = ([r for r in found if name in r] for name in (GRADIENT_NORM, VALIDATION_LOSS))
+    training_of_single = [r for r in expected if GRADIENT_NORM in r]
+    validation_of_single = [r for r in expected if VALIDATION_LOSS in r]
     if [r["step"] for r in training] != [r["step"] for r in training_of_single]:
         return {"deviation": None, "failed": f"steps must be those of {len(training_of_single)}, but are {training}"}
     losses, norms = (
         [_relative(a[name], b[name]) for a, b in zip(training, training_of_single, strict=True)]
-        for name in ("loss_metrics/global_avg_loss", "grad_norm")
+        for name in (MEAN_LOSS, GRADIENT_NORM)
     )
     if validation:
         if [r["step"] for r in validation] != [r["step"] for r in validation_of_single]:
             return {"deviation": None, "failed": f"validations must be as many as one process', but are {validation}"}
         pairs = zip(validation, validation_of_single, strict=True)
-        losses += [_relative(a["validation_metrics/loss"], b["validation_metrics/loss"]) for a, b in pairs]
+        losses += [_relative(a[VALIDATION_LOSS], b[VALIDATION_LOSS]) for a, b in pairs]
     far = max(*losses, *norms)
     row: Outcome = {"deviation": far}
     failures = list(_failures(entry, training, training_of_single))
@@ -222,14 +223,14 @@ def _failures(entry: Entry, training: list[Row], single: list[Row]) -> Iterator[
     """What records say that cannot be."""
     shared = entry.layout.data * entry.layout.cp == 1
     for record, expected in zip(training, single, strict=True):
-        step, mean = record["step"], record["loss_metrics/global_avg_loss"]
-        largest = record["loss_metrics/global_max_loss"]
-        if record["n_tokens_seen"] != expected["n_tokens_seen"] or expected["n_tokens_seen"] != ROWS * LENGTH * step:
-            yield f"step {step}: the job must have seen {ROWS * LENGTH * step} tokens, not {record['n_tokens_seen']}"
+        step, mean = record["step"], record[MEAN_LOSS]
+        largest = record[LARGEST_LOSS]
+        if record[TOKENS_SEEN] != expected[TOKENS_SEEN] or expected[TOKENS_SEEN] != ROWS * LENGTH * step:
+            yield f"step {step}: the job must have seen {ROWS * LENGTH * step} tokens, not {record[TOKENS_SEEN]}"
         # Ranks that have tokens of their own have losses of their own.
         if not (math.isclose(largest, mean, rel_tol=1e-6) if shared else mean < largest < 1.5 * mean):
             yield f"step {step}: the largest loss of a rank is {largest}, the mean {mean}"
-        if expected["grad_norm"] <= 0.5:
+        if expected[GRADIENT_NORM] <= 0.5:
             yield f"step {step}: gradients must be clipped, but their norm is {expected['grad_norm']}"
 
 

@@ -16,6 +16,7 @@ import megalodon_plugin.titan  # noqa: F401  chooses the device before torchtita
 # isort: split
 from torchtitan.components.dataloader import BaseDataLoader
 
+from megalodon_plugin.data.records import GRADIENT_NORM, MEAN_LOSS
 from megalodon_plugin.titan.trainer import MegalodonTrainer
 
 UNCOUNTED = 3
@@ -108,8 +109,8 @@ class TimedTrainer(MegalodonTrainer):
     @property
     def losses_and_norms(self) -> list[tuple[float, float]]:
         """Of each logged step, over all ranks."""
-        steps = [record for record in self.records if "grad_norm" in record]
-        return [(record["loss_metrics/global_avg_loss"], record["grad_norm"]) for record in steps]
+        steps = [record for record in self.records if GRADIENT_NORM in record]
+        return [(record[MEAN_LOSS], record[GRADIENT_NORM]) for record in steps]
 
     def _clear_gradients(self, *_: Any) -> None:
         """What the fake backend leaves as a sum of gradients may be anything; NaNs would make the next step faster."""
