@@ -13,13 +13,13 @@ import psutil
 import torch
 
 from .rank import Task
-from .results import Row
+from .results import RankRow
 
 ALLOCATOR = "expandable_segments:True"
 """As the host's start script sets it."""
 
 
-def run_tasks(tasks: Sequence[Task], timeout: float, log: Path) -> Generator[list[Row], None, None]:
+def run_tasks(tasks: Sequence[Task], timeout: float, log: Path) -> Generator[list[RankRow], None, None]:
     """What each rank found of each task, in turn; {"failed": why} where it found nothing.
 
     All tasks are for as many ranks. Their processes start once, since starting takes longer than some tasks. A rank
@@ -33,7 +33,7 @@ def run_tasks(tasks: Sequence[Task], timeout: float, log: Path) -> Generator[lis
             done += 1
 
 
-def _started_once(tasks: Sequence[Task], timeout: float, log: Path) -> Iterator[list[Row]]:
+def _started_once(tasks: Sequence[Task], timeout: float, log: Path) -> Iterator[list[RankRow]]:
     """The first task's results at least, and those of the others until one fails."""
     processes = tasks[0].job.layout.gpus
     with tempfile.TemporaryDirectory() as name:
@@ -44,7 +44,9 @@ def _started_once(tasks: Sequence[Task], timeout: float, log: Path) -> Iterator[
                 paths = [folder / f"{number}.{rank}.json" for rank in range(processes)]
                 reason = wait_for(paths, process, timeout, log, begin)
                 begin = size_of(log)
-                ranks = [json.loads(p.read_text()) if p.is_file() else {"failed": reason} for p in paths]
+                ranks: list[RankRow] = [
+                    json.loads(p.read_text()) if p.is_file() else {"failed": str(reason)} for p in paths
+                ]
                 yield ranks
                 if any("failed" in rank for rank in ranks):
                     return

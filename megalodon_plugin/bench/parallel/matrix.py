@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megalodon_plugin.data.records import GRADIENT_NORM, LARGEST_LOSS, MEAN_LOSS, TOKENS_SEEN, VALIDATION_LOSS
+from megalodon_plugin.data.records import GRADIENT_NORM, LARGEST_LOSS, MEAN_LOSS, TOKENS_SEEN, VALIDATION_LOSS, Record
 from megalodon_plugin.files import write_json
 from megalodon_plugin.parallel.layout import DIMENSIONS, ONE_RANK, Layout
 
@@ -25,7 +25,7 @@ from ..train.job import TrainingJob
 from .launch import run_tasks
 from .rank import Task
 from .report import draw_matrix
-from .results import MatrixRow, Outcome, Row
+from .results import MatrixRow, Outcome, RankRow
 from .rows import check_against_single, logged, reason_of
 
 SMALL = {
@@ -182,7 +182,7 @@ def _moving(entry: Entry, moves: int, texts: Path, folder: Path, host: dict[str,
     return task_of(entry, texts, moves * STEPS_OF_A_MOVE, folder=str(folder), host_options=host)
 
 
-def check(entry: Entry, ranks: list[Row], single: Row) -> Outcome:
+def check(entry: Entry, ranks: list[RankRow], single: RankRow) -> Outcome:
     """How far the ranks' losses, gradient norms and validations are from those of one process, whose row is `single`.
 
     "deviation" is the largest relative difference; "failed" says what is out of bounds, also inside a record.
@@ -219,7 +219,7 @@ def check(entry: Entry, ranks: list[Row], single: Row) -> Outcome:
     return row
 
 
-def _failures(entry: Entry, training: list[Row], single: list[Row]) -> Iterator[str]:
+def _failures(entry: Entry, training: list[Record], single: list[Record]) -> Iterator[str]:
     """What records say that cannot be."""
     shared = entry.layout.data * entry.layout.cp == 1
     for record, expected in zip(training, single, strict=True):
@@ -234,7 +234,7 @@ def _failures(entry: Entry, training: list[Row], single: list[Row]) -> Iterator[
             yield f"step {step}: gradients must be clipped, but their norm is {expected['grad_norm']}"
 
 
-def records_of(ranks: list[Row]) -> list[Row]:
+def records_of(ranks: list[RankRow]) -> list[Record]:
     """The records of a rank that has the loss: under a pipeline only those of the last stage do."""
     best = logged(ranks)
     return next(rank["records"] for rank in ranks if rank["losses_and_norms"] == best)
@@ -278,7 +278,7 @@ class Matrix:
         self.out, self.timeout, self.rows = out, timeout, list[MatrixRow]()
         self.texts = write_texts(out / "texts")
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[list[Row]]:
+    def run(self, tasks: Sequence[Task]) -> Iterator[list[RankRow]]:
         with closing(run_tasks(tasks, self.timeout, self.out / "layouts.log")) as results:
             yield from results
 
@@ -316,7 +316,7 @@ class Matrix:
         print(f"{name:36} {processes} processes  {result}", flush=True)
 
 
-def check_move(moves: list[list[Row]], unbroken: list[Row]) -> Outcome:
+def check_move(moves: list[list[RankRow]], unbroken: list[RankRow]) -> Outcome:
     """How far the steps of a checkpoint that has moved are from those of one process; `moves` are the ranks of each."""
     reason = next(filter(None, map(reason_of, [*moves, unbroken])), None)
     if reason is not None:

@@ -25,6 +25,7 @@ from megalodon_plugin.planning.traffic import Exchange
 from ..train.job import TrainingJob, free_port, run_job
 from ..train.trainer import TimedTrainer
 from .exchanges import ExchangeCounter, differences, exchanges_by_formula, summed
+from .results import RankRow
 from .trace import trace_step
 
 
@@ -55,9 +56,9 @@ class Task:
         return cls(**(found | {"job": TrainingJob(**job)}))
 
 
-def run_task(task: Task) -> dict[str, Any]:
+def run_task(task: Task) -> RankRow:
     """What `run_job` returns, with "losses_and_norms", "exchanges", "differences" or "communication" as asked for."""
-    found: dict[str, Any] = {}
+    found: RankRow = {}
 
     def look(trainer: TimedTrainer) -> None:
         nonlocal found
@@ -74,10 +75,12 @@ def run_task(task: Task) -> dict[str, Any]:
     if task.job.fake_ranks:
         ranks = str(task.job.layout.gpus)
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks, "NGPU": ranks}
-    row: dict[str, Any] = {**run_job(task.job, task.steps, look, task.most_seconds, task.longest_step)}
+    row: RankRow = {**run_job(task.job, task.steps, look, task.most_seconds, task.longest_step)}
     if "failed" not in row:
         row |= found
-    return row | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+    if torch.cuda.is_available():
+        row["device"] = torch.cuda.get_device_name()
+    return row
 
 
 def _by_formula(trainer: TimedTrainer, layout: Layout) -> list[Exchange]:
@@ -85,7 +88,7 @@ def _by_formula(trainer: TimedTrainer, layout: Layout) -> list[Exchange]:
     return exchanges_by_formula(trainer.job_config, layout, stage)
 
 
-def _count(trainer: TimedTrainer, by_formula: list[Exchange]) -> dict[str, Any]:
+def _count(trainer: TimedTrainer, by_formula: list[Exchange]) -> RankRow:
     batches = trainer.batch_generator(trainer.dataloader)
     with ExchangeCounter() as exchanges:
         trainer.train_step(batches)

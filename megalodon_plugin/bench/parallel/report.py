@@ -1,11 +1,11 @@
 """The tables and the picture of `megalodon bench parallel`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megalodon_plugin.files import new_figure, write_figure
 
-from .results import CheckRow, MatrixRow, ParallelResults, Row
+from .results import CheckRow, MatrixRow, ParallelResults, ScenarioRow
 
 HEADER = (
     f"{'':>9} {'size':>8} {'model':>9} {'layout':>21} {'GPUs':>4} {'rows x length':>14} {'tokens/s':>10} {'GiB':>6} "
@@ -13,7 +13,7 @@ HEADER = (
 )
 
 
-def table(rows: list[Row], header: bool = True) -> str:
+def table(rows: list[ScenarioRow], header: bool = True) -> str:
     """A line a row: shares of a step in which something was exchanged (chunk parallelism's own beside it), or nothing
     else happened; efficiencies.
     """
@@ -84,7 +84,7 @@ def draw(results: ParallelResults, picture: Path) -> None:
     write_figure(figure, picture)
 
 
-def _lines(axis: Any, rows: list[Row], number: str) -> None:
+def _lines(axis: Any, rows: list[ScenarioRow], number: Literal["efficiency", "tokens_per_s"]) -> None:
     """One line for each model, amount of work and set of dimensions; all begin at one GPU."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
@@ -112,7 +112,7 @@ def _lines(axis: Any, rows: list[Row], number: str) -> None:
         axis.legend(fontsize=7)
 
 
-def _bars(axis: Any, rows: list[Row], kind: str) -> None:
+def _bars(axis: Any, rows: list[ScenarioRow], kind: str) -> None:
     """A bar of each layout's efficiency; of simulated ones with a pale part, which exchanges take away."""
     models = len({row["model"] for row in rows}) > 1
     labels = []

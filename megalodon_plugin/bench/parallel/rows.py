@@ -1,40 +1,30 @@
 """Rows of `megalodon bench parallel`: the results of ranks merged into one row, and ratios between rows."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
-from .results import Outcome, Row
+from .results import Communication, DimensionShare, Measured, Outcome, RankRow, ScenarioRow, Steps
 
 
-def merged(ranks: list[Row]) -> Row:
+def merged(ranks: list[RankRow]) -> Measured:
     """One row of all ranks': the slowest, the fullest, and rank 0's numbers for the rest. "failed" where one failed."""
     reason = reason_of(ranks)
     if reason is not None:
         return {"failed": reason}
     slowest = max(ranks, key=lambda rank: rank["seconds"])
-    kept = (
-        "tokens_per_s",
-        "seconds",
-        "steps",
-        "spread",
-        "parameters",
-        "gflop_per_token",
-        "mfu",
-        "checkpointing",
-        "batch",
-    )
-    found = {name: slowest[name] for name in kept if name in slowest}
-    for name in ("peak_gib", "allocated_gib"):
-        if name in slowest:
-            found[name] = max(rank[name] for rank in ranks)
+    found = cast(Measured, {name: value for name, value in slowest.items() if name in Measured.__annotations__})
+    if "peak_gib" in slowest:
+        found["peak_gib"] = max(rank["peak_gib"] for rank in ranks)
+    if "allocated_gib" in slowest:
+        found["allocated_gib"] = max(rank["allocated_gib"] for rank in ranks)
     if "communication" in ranks[0]:
         found["communication"] = _communication([rank["communication"] for rank in ranks])
     found["losses_and_norms"] = logged(ranks)
     return found
 
 
-def reason_of(ranks: list[Row]) -> str | None:
+def reason_of(ranks: list[RankRow]) -> str | None:
     """Why these ranks have no valid result, preferably in the words of a rank itself; None if all have one."""
     failed = [rank for rank in ranks if "failed" in rank]
     if failed:
@@ -45,29 +35,33 @@ def reason_of(ranks: list[Row]) -> str | None:
     return None
 
 
-def _communication(ranks: list[Row]) -> Row:
+def _communication(ranks: list[Communication]) -> Communication:
     """Rank 0's, with the number of "messages" by dimension, and "transfer", what they take without waiting.
 
     The rank that joins a message last does not wait, so its time is the shortest. It can be found where all ranks take
     part in the same messages; elsewhere "transfer" is None.
     """
     first = ranks[0]
-    dimensions = {}
+    dimensions: dict[str, DimensionShare] = {}
     for name, found in first["dimensions"].items():
         durations = [rank["dimensions"].get(name, {}).get("durations", []) for rank in ranks]
         together = found["ranks"] == [len(ranks)] and len({len(of_rank) for of_rank in durations}) == 1
         transfer = sum(map(min, zip(*durations, strict=True))) / first["seconds"] if together else None
-        shares = {key: value for key, value in found.items() if key not in ("durations", "ranks")}
-        dimensions[name] = shares | {"transfer": transfer, "messages": len(found["durations"])}
-    return first | {"dimensions": dimensions}
+        dimensions[name] = {
+            "share": found["share"],
+            "exposed": found["exposed"],
+            "transfer": transfer,
+            "messages": len(found["durations"]),
+        }
+    return {**first, "dimensions": dimensions}
 
 
-def logged(ranks: list[Row]) -> list[list[float]]:
+def logged(ranks: list[RankRow]) -> Steps:
     """Losses and gradient norms of the logged steps, from a rank that has them: in a pipeline, of the last stage."""
     return max((rank["losses_and_norms"] for rank in ranks), key=lambda steps: [loss for loss, _ in steps])
 
 
-def deviation(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float | None:
+def deviation(found: Steps, expected: Steps) -> float | None:
     """The largest relative difference of a loss or a gradient norm; None where steps or numbers are missing."""
     if len(found) != len(expected) or not found:
         return None
@@ -76,7 +70,7 @@ def deviation(found: Sequence[Sequence[float]], expected: Sequence[Sequence[floa
     return max(abs(a - b) / abs(b) for a, b in pairs) if found_all else None
 
 
-def check_against_single(ranks: list[Row], single: list[list[float]], tolerance: float) -> Outcome:
+def check_against_single(ranks: list[RankRow], single: Steps, tolerance: float) -> Outcome:
     """How far losses and gradient norms are from `single`'s, and counted exchanges from formulas."""
     far = deviation(logged(ranks), single)
     row: Outcome = {"deviation": far}
@@ -92,7 +86,7 @@ def check_against_single(ranks: list[Row], single: list[list[float]], tolerance:
     return row
 
 
-def add_ratios(rows: Iterable[Row]) -> None:
+def add_ratios(rows: Iterable[ScenarioRow]) -> None:
     """Add to each measured row its ratios to others of the same model and amount of work.
 
     "efficiency": tokens a second and GPU over those of one GPU, or the fewest that could ("base_gpus"), with as
@@ -112,11 +106,11 @@ def add_ratios(rows: Iterable[Row]) -> None:
             row["deviation"] = deviation(row["losses_and_norms"], base["losses_and_norms"])
 
 
-def _of_gpu(row: Row) -> float:
+def _of_gpu(row: ScenarioRow) -> float:
     return row["tokens_per_s"] / row["gpus"]
 
 
-def comparison_key(row: Row) -> tuple[Any, ...]:
+def comparison_key(row: ScenarioRow) -> tuple[Any, ...]:
     """What rows must have in common to be compared, in the order of tables."""
     amount = (row["length"], row["rows"]) if row["scaling"] == "strong" else (row["tokens_per_gpu"],)
     return (row["scaling"], row["size"], row["model"], *amount)

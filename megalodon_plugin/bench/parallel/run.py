@@ -31,7 +31,7 @@ from .matrix import SMALL_TOLERANCES, small_task
 from .options import ParallelOptions
 from .rank import Task, run_task
 from .report import check_line, draw, table
-from .results import CheckRow, Outcome, ParallelResults, Row
+from .results import CheckRow, Measured, Outcome, ParallelResults, RankRow, ScenarioRow, Steps
 from .rows import add_ratios, check_against_single, comparison_key, logged, merged, reason_of
 from .scenarios import (
     Scenario,
@@ -116,7 +116,7 @@ class ParallelBench:
 
     def check(self, layouts: Sequence[Layout]) -> set[str]:
         """Names of the layouts that failed."""
-        single: dict[bool, list[list[float]]] = {}
+        single: dict[bool, Steps] = {}
         failed = set()
         for gpus in sorted({layout.gpus for layout in layouts}):
             scenarios = [(layout, low) for layout in layouts if layout.gpus == gpus for low in (False, True)]
@@ -138,7 +138,7 @@ class ParallelBench:
                 self.write()
         return failed
 
-    def _run(self, subjects: Sequence[Subject], tasks: list[Task]) -> Iterator[tuple[Subject, list[Row]]]:
+    def _run(self, subjects: Sequence[Subject], tasks: list[Task]) -> Iterator[tuple[Subject, list[RankRow]]]:
         """Each subject, of which there is one a task, with the results of its ranks."""
         with closing(run_tasks(tasks, self.options.timeout, self.log)) as results:
             yield from zip(subjects, results, strict=True)
@@ -190,11 +190,9 @@ class ParallelBench:
         for tokens in options.tokens_per_gpu:
             for scenario in simulated_scenarios(options.sizes, options.simulate or (), tokens):
                 job = replace(self._job(scenario), fake_ranks=True, same_weights=False)
-                measured = run_task(Task(job, options.steps, most_seconds=options.seconds))
-                self._know_device(measured)
-                if "seconds" in measured:
-                    measured = simulated_row(scenario, job, measured, links)
-                self._add(scenario, measured)
+                found = run_task(Task(job, options.steps, most_seconds=options.seconds))
+                self._know_device(found)
+                self._add(scenario, simulated_row(scenario, job, found, links) if "seconds" in found else found)
 
     def _job(self, scenario: Scenario) -> TrainingJob:
         return TrainingJob(
@@ -210,8 +208,8 @@ class ParallelBench:
             same_weights=True,
         )
 
-    def _add(self, scenario: Scenario, measured: Row) -> None:
-        row = {
+    def _add(self, scenario: Scenario, measured: Measured) -> None:
+        row: ScenarioRow = {
             "scaling": scenario.scaling,
             "size": scenario.size,
             "model": scenario.model,
@@ -220,11 +218,11 @@ class ParallelBench:
             "rows": scenario.rows,
             "length": scenario.length,
             "tokens_per_gpu": scenario.tokens // scenario.layout.gpus,
+            **measured,
         }
-        row |= measured
         self.results["rows"].append(row)
         self.write()
         print(table([row], header=len(self.results["rows"]) == 1), flush=True)
 
-    def _know_device(self, row: Row) -> None:
+    def _know_device(self, row: RankRow) -> None:
         self.results["device"] = row.pop("device", self.results["device"])

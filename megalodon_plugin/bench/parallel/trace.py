@@ -11,6 +11,7 @@ import torch
 from megalodon_plugin.planning.traffic import Exchange
 
 from .exchanges import PADDING
+from .results import Communication, DimensionShare
 
 Interval = tuple[float, float]
 
@@ -28,7 +29,7 @@ COLLECTIVES = {
 ITEM_BYTES = {"Float": 4, "BFloat16": 2, "Half": 2, "Double": 8, "Long": 8, "Int": 4}
 
 
-def trace_step(trainer: Any, by_formula: Sequence[Exchange]) -> dict[str, Any]:
+def trace_step(trainer: Any, by_formula: Sequence[Exchange]) -> Communication:
     """Train one more step of the host's `trainer` under the profiler, all ranks at once; `communication` of it."""
     batches = trainer.batch_generator(trainer.dataloader)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -44,7 +45,7 @@ def trace_step(trainer: Any, by_formula: Sequence[Exchange]) -> dict[str, Any]:
         return communication(json.loads(path.read_text())["traceEvents"], by_formula)
 
 
-def communication(events: Iterable[dict[str, Any]], by_formula: Sequence[Exchange] = ()) -> dict[str, Any]:
+def communication(events: Iterable[dict[str, Any]], by_formula: Sequence[Exchange] = ()) -> Communication:
     """What of a step's time on the GPU, from its first work there to its last, was communication.
 
     Args:
@@ -53,10 +54,7 @@ def communication(events: Iterable[dict[str, Any]], by_formula: Sequence[Exchang
             size; process groups do not say it, for dimensions that span the same ranks share one.
 
     Returns:
-        "share": some kernel of NCCL ran, waiting for other ranks included; "exposed": one ran and nothing else did;
-        "idle": nothing ran; "seconds": the whole; "dimensions": "share" and "exposed" by dimension ("other" without
-        one), "durations" of its messages in seconds, in their order, and "ranks", how many share one (0: the trace does
-        not tell).
+        the shares, in which waiting for other ranks counts; "dimensions" has "other" for messages of none.
     """
     events = list(events)
     marks = [event["ts"] for event in events if event.get("name") == MARK and event.get("cat") == "user_annotation"]
@@ -80,17 +78,28 @@ def communication(events: Iterable[dict[str, Any]], by_formula: Sequence[Exchang
         return {"share": 0.0, "exposed": 0.0, "idle": 0.0, "seconds": 0.0, "dimensions": {}}
     span, busy = whole[-1][1] - whole[0][0], union(compute)
 
-    def shares(intervals: list[Interval]) -> dict[str, Any]:
-        own = union(intervals)
-        return {"share": total(own) / span, "exposed": (total(union([*own, *busy])) - total(busy)) / span}
+    def share(intervals: list[Interval]) -> float:
+        return total(union(intervals)) / span
 
-    of_dimensions = {
-        name: shares(found)
-        | {"durations": [(end - start) * 1e-6 for start, end in sorted(found)], "ranks": sorted(sizes[name])}
+    def exposed(intervals: list[Interval]) -> float:
+        return (total(union([*intervals, *busy])) - total(busy)) / span
+
+    of_dimensions: dict[str, DimensionShare] = {
+        name: {
+            "share": share(found),
+            "exposed": exposed(found),
+            "durations": [(end - start) * 1e-6 for start, end in sorted(found)],
+            "ranks": sorted(sizes[name]),
+        }
         for name, found in sorted(dimensions.items())
     }
-    idle = 1 - total(whole) / span
-    return shares(everything) | {"idle": idle, "seconds": span * 1e-6, "dimensions": of_dimensions}
+    return {
+        "share": share(everything),
+        "exposed": exposed(everything),
+        "idle": 1 - total(whole) / span,
+        "seconds": span * 1e-6,
+        "dimensions": of_dimensions,
+    }
 
 
 def _dimension(kernel: dict[str, Any], by_formula: Sequence[Exchange]) -> str:

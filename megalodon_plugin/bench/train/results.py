@@ -14,8 +14,32 @@ class Profile(TypedDict):
     """The longest: name, milliseconds, calls."""
 
 
-class JobRow(TypedDict):
-    """What a training job came to; without numbers where it failed."""
+class JobNumbers(TypedDict, total=False):
+    """What a training job came to: numbers, or why it failed."""
+
+    failed: str
+    checkpointing: str
+    tokens_per_s: float
+    """Of all ranks, by the median step."""
+    seconds: float
+    """Of the median step."""
+    steps: int
+    """That were counted."""
+    spread: float
+    """(Slowest - fastest step) / median step."""
+    parameters: int
+    gflop_per_token: float
+    """Of the model, without recomputation."""
+    peak_gib: float
+    """Reserved by the allocator of this rank's GPU."""
+    allocated_gib: float
+    """In tensors there."""
+    mfu: float
+    """Share of the GPUs' peak FLOP/s."""
+
+
+class JobRow(JobNumbers):
+    """A training job and what it came to."""
 
     model: str
     """"megalodon" or "llama"."""
@@ -23,26 +47,6 @@ class JobRow(TypedDict):
     """Rows of one forward and backward pass of a data parallel rank."""
     length: int
     """Tokens of a row."""
-    checkpointing: NotRequired[str]
-    failed: NotRequired[str]
-    """Why."""
-    tokens_per_s: NotRequired[float]
-    """Of all ranks, by the median step."""
-    seconds: NotRequired[float]
-    """Of the median step."""
-    steps: NotRequired[int]
-    """That were counted."""
-    spread: NotRequired[float]
-    """(Slowest - fastest step) / median step."""
-    parameters: NotRequired[int]
-    gflop_per_token: NotRequired[float]
-    """Of the model, without recomputation."""
-    peak_gib: NotRequired[float]
-    """Reserved by the allocator of this rank's GPU."""
-    allocated_gib: NotRequired[float]
-    """In tensors there."""
-    mfu: NotRequired[float]
-    """Share of the GPUs' peak FLOP/s."""
 
 
 class TrainRow(JobRow):
