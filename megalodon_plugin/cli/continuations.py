@@ -1,14 +1,15 @@
 """Continuing prompts by a checkpoint's model, and the text that appears while it decodes."""
 
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 
-from megalodon_plugin.model.inference.generate import continue_from
+from megalodon_plugin.data.tokenizer import Tokenizer
+from megalodon_plugin.model import Megalodon
+from megalodon_plugin.model.inference.generate import Decoding, continue_from
 from megalodon_plugin.model.inference.prefill import Prefilled, prefill
 from megalodon_plugin.model.inference.sampling import Sampling
 
@@ -20,18 +21,6 @@ class Prompt(NamedTuple):
 
     text: str
     tokens: torch.Tensor  # (L,) int64
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How texts are continued."""
-
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
-    stops: Collection[int]
-    """Tokens that end a text."""
-    compile: bool = False
 
 
 def generate_from_checkpoint(
@@ -48,11 +37,22 @@ def generate_from_checkpoint(
     model, tokenizer = load_checkpoint(checkpoint, device)
     prompts = encode(tokenizer, [prompt], True)
     prefilled = prefill_prompts(model, prompts, None, None)
-    decoding = Decoding(max_new_tokens, Sampling(temperature=temperature), seed, {tokenizer.eos_id} - {None})
-    return write_continuations(model, tokenizer, prefilled, prompts, decoding, out)[0]
+    sampling = Sampling(temperature=temperature)
+    decoding = Decoding(max_new_tokens, sampling, tokens_of_both(model, tokenizer), end_tokens(tokenizer))
+    return write_continuations(model, tokenizer, prefilled, prompts, decoding, seed, out)[0]
 
 
-def encode(tokenizer: Any, prompts: list[str], begins: bool) -> list[Prompt]:
+def tokens_of_both(model: Megalodon, tokenizer: Tokenizer) -> int:
+    """Below it lie the tokens that the model gives and the tokenizer knows."""
+    return min(tokenizer.get_vocab_size(), model.cfg.n_outputs)
+
+
+def end_tokens(tokenizer: Tokenizer) -> set[int]:
+    """The tokenizer's end token, where it has one."""
+    return set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+
+
+def encode(tokenizer: Tokenizer, prompts: list[str], begins: bool) -> list[Prompt]:
     """Prompts with their token ids; the tokenizer's begin token comes first where a text begins.
 
     Raises:
@@ -65,7 +65,9 @@ def encode(tokenizer: Any, prompts: list[str], begins: bool) -> list[Prompt]:
     return [Prompt(text, row) for text, row in zip(prompts, rows, strict=True)]
 
 
-def prefill_prompts(model: Any, prompts: list[Prompt], after: Prefilled | None, piece_tokens: int | None) -> Prefilled:
+def prefill_prompts(
+    model: Megalodon, prompts: list[Prompt], after: Prefilled | None, piece_tokens: int | None
+) -> Prefilled:
     """`model.inference.prefill.prefill` with progress on stderr where prompts are long."""
     rows = [prompt.tokens for prompt in prompts]
     total = sum(map(len, rows))
@@ -81,20 +83,16 @@ def prefill_prompts(model: Any, prompts: list[Prompt], after: Prefilled | None, 
 
 
 def write_continuations(
-    model: Any, tokenizer: Any, prefilled: Prefilled, prompts: list[Prompt], decoding: Decoding, out: TextIO
+    model: Megalodon,
+    tokenizer: Tokenizer,
+    prefilled: Prefilled,
+    prompts: list[Prompt],
+    decoding: Decoding,
+    seed: int,
+    out: TextIO,
 ) -> list[str]:
     """Write prompts and continuations to `out` as they come; return the continuations."""
-    generator = torch.Generator(prefilled.logits.device).manual_seed(decoding.seed)
-    n_tokens = min(tokenizer.get_vocab_size(), model.cfg.n_outputs)
-    steps = continue_from(
-        model,
-        prefilled,
-        decoding.max_new_tokens,
-        decoding.sampling,
-        generator,
-        n_tokens,
-        decoding.stops,
-        decoding.compile,
-    )
-    texts = [RowText(prompt.tokens.tolist(), tokenizer, decoding.stops) for prompt in prompts]
+    generator = torch.Generator(prefilled.logits.device).manual_seed(seed)
+    steps = continue_from(model, prefilled, decoding, generator)
+    texts = [RowText(prompt.tokens.tolist(), tokenizer, decoding.stop_tokens) for prompt in prompts]
     return show_in_order([prompt.text for prompt in prompts], texts, (step.tolist() for step in steps), out)

@@ -2,13 +2,49 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from megalodon_plugin.bench.environment import Environment
 from megalodon_plugin.files import new_figure, write_figure, write_json
 from megalodon_plugin.model.inference.scoring import Score
 
+# With a key that is a word of Python.
+PositionLoss = TypedDict("PositionLoss", {"from": int, "to": int, "tokens": int, "loss": float})
+"""Mean loss of `tokens` tokens that have seen "from" to "to" tokens of their window."""
 
-def result_of(score: Score, seconds: float, peak_mib: float, n_bytes: int) -> dict[str, Any]:
+
+class ContextResult(TypedDict):
+    """What one context length came to."""
+
+    context: int
+    loss: float
+    """Nats a token."""
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    tokens_per_s: float
+    peak_mib: float
+    by_position: list[PositionLoss]
+
+
+class EvaluationResults(Environment):
+    """evaluation.json."""
+
+    checkpoint: str
+    data: str
+    tokens: int
+    bytes: int
+    scoring: str
+    """Which tokens are scored, and what they have seen."""
+    piece_tokens: int
+    windowed_norm: bool
+    dtype: str
+    config: dict[str, Any]
+    """The model's."""
+    contexts: list[ContextResult]
+
+
+def result_of(score: Score, seconds: float, peak_mib: float, n_bytes: int) -> ContextResult:
     """The results at one context length; `n_bytes` is the size in UTF-8 of the text that was scored."""
     return {
         "context": score.context,
@@ -26,13 +62,13 @@ def result_of(score: Score, seconds: float, peak_mib: float, n_bytes: int) -> di
     }
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
+def write_report(folder: Path, report: EvaluationResults) -> None:
     """Write evaluation.json and evaluation.png."""
     write_json(report, folder / "evaluation.json")
     draw(report, folder / "evaluation.png")
 
 
-def draw(report: dict[str, Any], picture: Path) -> None:
+def draw(report: EvaluationResults, picture: Path) -> None:
     """Left: loss against the position in the window, a curve a context length. Right: loss against the length."""
     from matplotlib import colormaps
 

@@ -7,22 +7,23 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalodon_plugin.bench.environment import device_name, environment
 from megalodon_plugin.bench.timing import peak_mib
+from megalodon_plugin.data.files import TextFile
 from megalodon_plugin.data.fingerprint import hash_of, tokenizer_probe
 from megalodon_plugin.data.stream import TextStream
+from megalodon_plugin.data.tokenizer import Tokenizer
 from megalodon_plugin.files import read_tensors, write_tensors
 from megalodon_plugin.model import Megalodon
 from megalodon_plugin.model.inference.norm_window import PIECE_CHUNKS
 from megalodon_plugin.model.inference.prefill import fingerprint
 from megalodon_plugin.model.inference.scoring import Score, score_from, score_tensors, score_text
 
-from .evaluate_report import result_of, write_report
+from .evaluate_report import ContextResult, EvaluationResults, result_of, write_report
 
 SCORING = (
     "windows of `context` inputs; every token but the first is scored once at every context length; at position p of "
@@ -65,17 +66,17 @@ class EvaluateOptions:
 class Evaluation:
     """One evaluation, and what of it is kept in `progress.safetensors` until it is complete."""
 
-    def __init__(self, options: EvaluateOptions, files: list[Any], model: Megalodon, tokenizer: Any):
+    def __init__(self, options: EvaluateOptions, files: list[TextFile], model: Megalodon, tokenizer: Tokenizer):
         self.options, self.files, self.model, self.tokenizer = options, files, model, tokenizer
         self.environment = environment(device_name(self._device))
         self.contexts = sorted(options.context)
-        self.results: list[dict[str, Any]] = []
+        self.results: list[ContextResult] = []
         self.progress = options.out / "progress.safetensors"
-        self.identity = {
+        self.identity: dict[str, object] = {
             "model": fingerprint(model),
             "tokenizer": hash_of("tokenizer", *tokenizer_probe(tokenizer)).hex(),
             "device": self._device.type,
-            "dtype": str(model.tok_embeddings.weight.dtype),
+            "dtype": str(self._dtype),
             "files": [[file.name, file.size] for file in files],
             "context": self.contexts,
             "max_tokens": options.max_tokens,
@@ -113,7 +114,11 @@ class Evaluation:
     def _device(self) -> torch.device:
         return self.model.tok_embeddings.weight.device
 
-    def _stream(self) -> Any:
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.tok_embeddings.weight.dtype
+
+    def _stream(self) -> TextStream:
         return TextStream(self.files, self.tokenizer, self.options.text_field, self.options.max_tokens)
 
     def _count(self) -> tuple[int, int]:
@@ -181,7 +186,7 @@ class Evaluation:
         score = score_from(tensors, self.model.cfg.chunk_size) if "place" in tensors else None
         return score, content["seconds"]
 
-    def _report(self, n_tokens: int, n_bytes: int) -> dict[str, Any]:
+    def _report(self, n_tokens: int, n_bytes: int) -> EvaluationResults:
         cfg = self.model.cfg
         return {
             **self.environment,
@@ -192,7 +197,7 @@ class Evaluation:
             "scoring": SCORING,
             "piece_tokens": PIECE_CHUNKS * cfg.chunk_size if self.options.windowed_norm else self.options.piece_tokens,
             "windowed_norm": self.options.windowed_norm,
-            "dtype": self.identity["dtype"],
+            "dtype": str(self._dtype),
             "config": dataclasses.asdict(cfg),
             "contexts": self.results,
         }

@@ -39,10 +39,11 @@ def run_generate(options: argparse.Namespace) -> None:
     Raises:
         ValueError: an option is wrong, or the checkpoint; see `titan.load_model.load_checkpoint`.
     """
+    from megalodon_plugin.model.inference.generate import Decoding
     from megalodon_plugin.model.inference.prefill import Prefilled
     from megalodon_plugin.model.inference.sampling import Sampling
 
-    from .continuations import Decoding, encode, prefill_prompts, write_continuations
+    from .continuations import encode, end_tokens, prefill_prompts, tokens_of_both, write_continuations
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     if options.max_new_tokens < 0:
@@ -65,9 +66,10 @@ def run_generate(options: argparse.Namespace) -> None:
     prefilled = prefill_prompts(model, rows, after, options.prefill_tokens)
     if options.save_state is not None:
         prefilled.save(options.save_state, model)
-    stops = {*options.stop_token, *([] if options.ignore_eos else [tokenizer.eos_id])} - {None}
-    decoding = Decoding(options.max_new_tokens, sampling, options.seed, stops, options.compile)
-    write_continuations(model, tokenizer, prefilled, rows, decoding, sys.stdout)
+    stops = {*options.stop_token, *(() if options.ignore_eos else end_tokens(tokenizer))}
+    n_tokens = tokens_of_both(model, tokenizer)
+    decoding = Decoding(options.max_new_tokens, sampling, n_tokens, stops, options.compile)
+    write_continuations(model, tokenizer, prefilled, rows, decoding, options.seed, sys.stdout)
 
 
 def _file_content(path: Path) -> str:

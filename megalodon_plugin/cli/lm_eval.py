@@ -15,11 +15,13 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from torch import Tensor
 
-from megalodon_plugin.model.inference.generate import continue_from
+from megalodon_plugin.model.inference.generate import Decoding, continue_from
 from megalodon_plugin.model.inference.prefill import PIECE_TOKENS, prefill
 from megalodon_plugin.model.inference.sampling import Sampling
 from megalodon_plugin.model.inference.scoring import SLICE_TOKENS
 from megalodon_plugin.model.precision import DTYPES
+
+from .continuations import end_tokens, tokens_of_both
 
 
 @register_model("megalodon")
@@ -103,13 +105,12 @@ class MegalodonLM(LM):
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
         n_new = int(options.get("max_gen_toks", self._max_gen_toks))
         prefilled = prefill(self.model, [torch.tensor(self._encode(context), device=self._device)])
-        stops = {self.tokenizer.eos_id} - {None}
-        n_tokens = min(self.tokenizer.get_vocab_size(), self.model.cfg.n_outputs)
+        stops = end_tokens(self.tokenizer)
+        n_tokens = tokens_of_both(self.model, self.tokenizer)
+        decoding = Decoding(n_new, Sampling(temperature=temperature), n_tokens, stops)
         new: list[int] = []
         text = ""
-        for token in continue_from(
-            self.model, prefilled, n_new, Sampling(temperature=temperature), None, n_tokens, stops
-        ):
+        for token in continue_from(self.model, prefilled, decoding):
             if int(token) in stops:
                 break
             new.append(int(token))

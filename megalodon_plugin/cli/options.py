@@ -3,10 +3,13 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from megalodon_plugin.data.tokenizer import Tokenizer
+    from megalodon_plugin.model import Megalodon
 Options = TypeVar("Options", bound="DataclassInstance")
 
 
@@ -27,7 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
 
 
-def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+def load_model(options: argparse.Namespace) -> "tuple[Megalodon, Tokenizer]":
     """Model and tokenizer that the options of `add_model_options` name.
 
     Raises:

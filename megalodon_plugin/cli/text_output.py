@@ -1,7 +1,9 @@
 """Turns the tokens of several rows into text that appears in order."""
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, TextIO
+from typing import TextIO
+
+from megalodon_plugin.data.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 16
 # Where a text is cut between tokens, at most this many are held back for a character that is not whole.
@@ -15,7 +17,7 @@ class RowText:
     last few, not alone and not behind the whole text.
     """
 
-    def __init__(self, prompt_ids: list[int], tokenizer: Any, stops: Collection[int]):
+    def __init__(self, prompt_ids: list[int], tokenizer: Tokenizer, stops: Collection[int]):
         self._tokenizer, self._stops = tokenizer, stops
         self._window = prompt_ids[-CONTEXT_TOKENS:]
         self._shown = tokenizer.decode(self._window)

@@ -7,6 +7,7 @@ from typing import Protocol
 class Tokenizer(Protocol):
     """Text to token ids and back. `encode` puts begin and end tokens around, where asked and where there are some."""
 
+    bos_id: int | None
     eos_id: int | None
 
     def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]: ...

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from torchtitan.components.tokenizer import BaseTokenizer
 
 from megalodon_plugin.checkpoint.checkpoint import read_checkpoint
+from megalodon_plugin.data.tokenizer import Tokenizer
 from megalodon_plugin.model import Megalodon
 from megalodon_plugin.model.precision import lower_matrices
 
@@ -17,7 +17,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokenizer: str | None = None,
-) -> tuple[Megalodon, BaseTokenizer]:
+) -> tuple[Megalodon, Tokenizer]:
     """The model, in eval mode, and its tokenizer.
 
     Args:
@@ -46,4 +46,5 @@ def load_checkpoint(
     model.to_empty(device=device)
     model.init_weights(buffer_device=torch.device(device))  # ties the weights; every value is overwritten
     model.load_state_dict(found.tensors)
-    return lower_matrices(model, dtype).eval(), loaded  # type: ignore[return-value]
+    lower_matrices(model, dtype)
+    return model.eval(), loaded

@@ -119,7 +119,7 @@ def vocab_size_of(path_or_name: str) -> int:
     return load_tokenizer(path_or_name).get_vocab_size()
 
 
-def load_tokenizer(path_or_name: str) -> BaseTokenizer:
+def load_tokenizer(path_or_name: str) -> TiktokenTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer:
     """Load "byte", a tokenizer file, or the one tokenizer in a folder.
 
     A folder is searched for `tokenizer.json`, then `*.tiktoken`, then `*.model` (SentencePiece or tiktoken ranks, by

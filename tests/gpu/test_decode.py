@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from megalodon_plugin.model import PRESETS, Megalodon
 from megalodon_plugin.model.inference.decode import Decoder
-from megalodon_plugin.model.inference.generate import continue_from
+from megalodon_plugin.model.inference.generate import Decoding, continue_from
 from megalodon_plugin.model.inference.prefill import prefill
 from megalodon_plugin.model.inference.sampling import Sampling
 from megalodon_plugin.model.precision import lower_matrices
@@ -66,8 +66,7 @@ def test_one_seed_gives_one_text():
                 continue_from(
                     model,
                     prefilled,
-                    50,
-                    Sampling(temperature=0.9, top_k=50, top_p=0.9),
+                    Decoding(50, Sampling(temperature=0.9, top_k=50, top_p=0.9)),
                     torch.Generator("cuda").manual_seed(seed),
                 )
             )

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
 from megalodon_plugin.model.inference.decode import Decoder
-from megalodon_plugin.model.inference.generate import ENDED, continue_from
+from megalodon_plugin.model.inference.generate import ENDED, Decoding, continue_from
 from megalodon_plugin.model.inference.prefill import Prefilled, prefill
 from megalodon_plugin.model.inference.sampling import Sampling
 from megalodon_plugin.model.precision import float32_parameters, lower_matrices
@@ -96,7 +96,7 @@ def test_a_prefilled_prompt_is_not_changed_by_what_is_generated_from_it():
     model = small_model()
     prefilled = prefill(model, rows_of())
     first, again = (
-        torch.stack(list(continue_from(model, prefilled, C + 2, Sampling(temperature=0)))) for _ in range(2)
+        torch.stack(list(continue_from(model, prefilled, Decoding(C + 2, Sampling(temperature=0))))) for _ in range(2)
     )
     assert torch.equal(first, again)
 
@@ -166,7 +166,10 @@ class TestFiles:
         prefilled.save(tmp_path / "state", model)
         loaded = Prefilled.load(tmp_path / "state", model)
         assert [path.name for path in tmp_path.iterdir()] == ["state"]
-        texts = [torch.stack(list(continue_from(model, r, 20, Sampling(temperature=0)))) for r in (prefilled, loaded)]
+        texts = [
+            torch.stack(list(continue_from(model, r, Decoding(20, Sampling(temperature=0)))))
+            for r in (prefilled, loaded)
+        ]
         assert torch.equal(*texts)
 
     def test_a_state_of_other_weights_or_another_configuration_is_refused(self, tmp_path):
