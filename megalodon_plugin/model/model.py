@@ -1,6 +1,7 @@
 """The language model: embedding, layers, final TimestepNorm, output layer (arXiv 2404.08801)."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class Megalodon(nn.Module):
         if self.tok_embeddings is not None:
             init_embedding(self.tok_embeddings.weight, self.cfg.dim)
         for layer in self.layers.values():
-            layer.init_weights()  # type: ignore[operator]
+            cast(MegalodonBlock, layer).init_weights()
         if self.norm is not None:
             self.norm.init_weights()
         if self.output is not None and (self.tok_embeddings is None or not self.cfg.tie_embedding):

@@ -18,6 +18,9 @@ CEMA's exchange runs while the block computes its values, which do not need CEMA
 everything in the block needs its output.
 """
 
+# mypy: disable-error-code="override"
+# (torch types `backward` as a function of any number of gradients.)
+
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +81,7 @@ class _NormExchange(torch.autograd.Function):
         return norm_fold(summaries, rank)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         (summaries,) = ctx.saved_tensors
         grads = wait(gather_summaries(grad, ctx.size, ctx.name))  # (P, 2, B, G): of every rank's prefix
         return norm_fold_grad(summaries, grads, ctx.rank), None, None, None
@@ -113,7 +116,7 @@ class _CemaAfter(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):  # type: ignore[override]
+    def backward(ctx, dy: Tensor):
         alpha, delta, theta, gamma, omega = ctx.saved_tensors
         parameters = CemaParameters(alpha, delta, theta, gamma, omega, ctx.rotate_input)
         gathered = wait(gather_summaries(cema_summary_grad(dy, parameters), ctx.size, ctx.name))

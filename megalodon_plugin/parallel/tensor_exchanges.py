@@ -12,6 +12,9 @@ up and spread over the features again (row-wise). Each exchange is the other's g
 | `gather_vocabulary` | all-gather | |
 """
 
+# mypy: disable-error-code="override"
+# (torch types `backward` as a function of any number of gradients.)
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,7 +68,7 @@ class _GatherFeatures(torch.autograd.Function):
         return _gather(x, ranks)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return _scatter(grad, ctx.ranks), None
 
 
@@ -76,7 +79,7 @@ class _ScatterFeatures(torch.autograd.Function):
         return _scatter(x, ranks)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return _gather(grad, ctx.ranks), None
 
 
@@ -87,7 +90,7 @@ class _SumGradient(torch.autograd.Function):
         return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return wait(start_all_reduce(grad, ctx.ranks)), None
 
 
@@ -100,6 +103,6 @@ class _GatherVocabulary(torch.autograd.Function):
         return _gather(F.pad(logits, (0, most - logits.shape[-1])), ranks)[..., :size]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         first, end = ctx.rows
         return grad[..., first:end], None, None

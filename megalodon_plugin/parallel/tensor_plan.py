@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import Ranks
 from .layout import tensor_parallel_refusal
+from .model_part import ModelPart
 from .tensor_styles import Style, register_logits_hook, shard_module
 
 LAYER_PLAN = {
@@ -58,23 +59,24 @@ ROOT_PLAN = {
 TIED_ROOT_PLAN = ROOT_PLAN | {"tok_embeddings": Style(shard=0, scatter_output=True)}
 
 
-def apply_tensor_parallel(model: nn.Module, tp_mesh: DeviceMesh, loss_parallel: bool) -> None:
+def apply_tensor_parallel(model: ModelPart, tp_mesh: DeviceMesh, loss_parallel: bool) -> None:
     """Shard a Megalodon, or a pipeline stage of one, over the ranks of `tp_mesh`; it may be on the meta device.
 
     Call it before activation checkpointing, torch.compile and FSDP. With `loss_parallel` the logits are a DTensor,
     Shard(-1), as `torch.distributed.tensor.parallel.loss_parallel` takes it; else every rank has all of them.
     """
-    reason = tensor_parallel_refusal(model.cfg, tp_mesh.size())  # type: ignore[arg-type]
+    reason = tensor_parallel_refusal(model.cfg, tp_mesh.size())
     if reason is not None:
         raise ValueError(reason)
     ranks = Ranks.of(tp_mesh.get_group())
-    tied = model.output is not None and model.tok_embeddings is not None and model.cfg.tie_embedding  # type: ignore[union-attr]
+    embedding, output = model.tok_embeddings, model.output
+    tied = embedding is not None and output is not None and model.cfg.tie_embedding
     _shard_parts(model, TIED_ROOT_PLAN if tied else ROOT_PLAN, tp_mesh, ranks)
-    if tied:
-        model.output.weight = model.tok_embeddings.weight  # type: ignore[union-attr]
-    if model.output is not None:
-        register_logits_hook(model.output, tp_mesh, ranks, loss_parallel)  # type: ignore[arg-type]
-    for layer in model.layers.values():  # type: ignore[operator, union-attr]
+    if embedding is not None and output is not None and tied:
+        output.weight = embedding.weight
+    if output is not None:
+        register_logits_hook(output, tp_mesh, ranks, loss_parallel)
+    for layer in model.layers.values():
         _shard_parts(layer, LAYER_PLAN, tp_mesh, ranks)
 
 

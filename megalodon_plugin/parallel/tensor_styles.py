@@ -6,7 +6,7 @@ with local tensors: CEMA and the norms are ops of our own, and every exchange st
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional as F
 
 from megalodon_plugin.model.norm import TimestepNorm
+from megalodon_plugin.model.rank_hooks import LocalView
 
 from .collectives import Ranks
 from .tensor_exchanges import gather_features, gather_vocabulary, scatter_features, sum_gradient, vocabulary_rows
@@ -33,6 +34,12 @@ class Style:
     """It computes partial sums over the ranks: the sums are scattered, each rank getting its features."""
 
 
+class HasLocalView(Protocol):
+    """A module with other parameters than matrices; see `model.rank_hooks`."""
+
+    local_view: LocalView
+
+
 def shard_module(module: nn.Module, style: Style, mesh: DeviceMesh, ranks: Ranks) -> None:
     """Cut the module's parameters and make it compute this rank's part, by `style`. `mesh` has 1 dimension, `ranks`."""
     placement = Replicate() if style.shard is None else Shard(style.shard)
@@ -42,10 +49,10 @@ def shard_module(module: nn.Module, style: Style, mesh: DeviceMesh, ranks: Ranks
     if isinstance(module, nn.Embedding) and style.shard == 0:
         module.__class__ = _embedding_of_rows(type(module), ranks)
     elif isinstance(module, nn.Linear | nn.Embedding):
-        module.__class__ = _with_local_parameters(type(module))  # type: ignore[arg-type, assignment]
+        module.__class__ = cast(Any, _with_local_parameters(cast(Any, type(module))))
     else:
         summed = functools.partial(_local_with_summed_gradient, ranks=ranks)
-        module.local_view = summed if style.shard is None else _local_part  # type: ignore[assignment]
+        cast(HasLocalView, module).local_view = summed if style.shard is None else _local_part
     if isinstance(module, TimestepNorm):
         module.num_groups //= ranks.size
     if style.gather_input:
@@ -97,7 +104,7 @@ class _LocalParameters:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.weight = _local_part(module.weight)  # type: ignore[arg-type]
+        self.weight = _local_part(cast(Tensor, module.weight))
         bias = getattr(module, "bias", None)
         self.bias = None if bias is None else _local_part(bias)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from megalodon_plugin.model import MegalodonConfig
+from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.feed_forward import FeedForward
 from megalodon_plugin.ops.cema import kept_states
 from megalodon_plugin.ops.checks import ACTIVATION_DTYPES
@@ -100,10 +100,10 @@ class Memory:
         return sum(dataclasses.asdict(self).values())
 
 
-def parameters_of(model: nn.Module) -> list[Parameter]:
+def parameters_of(model: Megalodon) -> list[Parameter]:
     """Every parameter of a Megalodon, a shared one once; the model may be on the meta device."""
     modules = dict(model.named_modules())
-    root_plan = TIED_ROOT_PLAN if model.cfg.tie_embedding else ROOT_PLAN  # type: ignore[union-attr]
+    root_plan = TIED_ROOT_PLAN if model.cfg.tie_embedding else ROOT_PLAN
     found = []
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]

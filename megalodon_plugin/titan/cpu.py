@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import psutil
@@ -71,8 +72,8 @@ def use_cpu() -> None:
         mock.patch.object(torch._utils, "_get_available_device_type", lambda: "cpu"),
         mock.patch.object(torch._utils, "_get_device_module", lambda device_type: device),
     ):
-        utils = importlib.import_module("torchtitan.tools.utils")
-    utils.get_peak_flops = measured_peak_flops  # type: ignore[attr-defined]
+        utils: Any = importlib.import_module("torchtitan.tools.utils")
+    utils.get_peak_flops = measured_peak_flops
 
 
 _peak_flops: float | None = None

@@ -30,7 +30,7 @@ def parallelize_megalodon(model: nn.Module, parallel_dims: ParallelDims, job_con
     stage.weight_decay_on = options.weight_decay_on
     if parallel_dims.tp_enabled:
         loss_parallel = not job_config.parallelism.disable_loss_parallel
-        apply_tensor_parallel(model, parallel_dims.get_mesh("tp"), loss_parallel)
+        apply_tensor_parallel(stage, parallel_dims.get_mesh("tp"), loss_parallel)
         logger.info("Applied Tensor Parallelism to the model: features between blocks, heads inside attention")
     if parallel_dims.cp_enabled:
         apply_chunk_parallel(model, Ranks.of(parallel_dims.get_mesh("cp").get_group()))

@@ -1,23 +1,11 @@
 """What the adapter parallelizes: the model, or what the host's pipeline splitting leaves of it on one rank."""
 
-from torch import nn
-
-from megalodon_plugin.model import MegalodonConfig
-from megalodon_plugin.model.norm import TimestepNorm
-from megalodon_plugin.model.output import OutputLayer
+from megalodon_plugin.parallel.model_part import ModelPart
 
 
-class MegalodonStage(nn.Module):
-    """A Megalodon of which the parts that lie on other ranks are None and `layers` are this rank's own.
+class MegalodonStage(ModelPart):
+    """A `ModelPart` with what the adapter sets on it."""
 
-    It names types and is never constructed: a Protocol could not be an `nn.Module`, which the host and torch ask for.
-    """
-
-    cfg: MegalodonConfig
-    tok_embeddings: nn.Embedding | None
-    layers: nn.ModuleDict
-    norm: TimestepNorm | None
-    output: OutputLayer | None
     logits_in_loss: bool
 
     weight_decay_on: str

@@ -51,6 +51,7 @@ class MegalodonTrainer(Trainer):
     The host's own models train under it as they do under `Trainer`.
     """
 
+    loss_fn: Any
     _carried: CarriedStates | None = None
     # Of RANDOM_STATE and CARRIED_STATE, what `state_dict` leaves out at the moment.
     _left_out: frozenset[str] = frozenset()
@@ -81,8 +82,7 @@ class MegalodonTrainer(Trainer):
         model: Any = self.model_parts[0]
         carried = CarriedStates(model, dataloader.lanes, training.local_batch_size, dtype, self.device, whole_chunks)
         self._carried = carried
-        loss_fn: Any = self.loss_fn  # type: ignore[has-type]
-        self.loss_fn = StateKeepingLoss(loss_fn, carried)  # not the validator's
+        self.loss_fn = StateKeepingLoss(self.loss_fn, carried)  # not the validator's
         chunk = "ends with a chunk" if whole_chunks else "may end inside a chunk, whose keys and values are carried too"
         logger.info(
             f"Carried state: a row of a step continues the one of the step before, {training.seq_len} tokens of one "

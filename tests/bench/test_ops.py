@@ -10,7 +10,7 @@ import torch
 
 from megalodon_plugin.bench import timing
 from megalodon_plugin.bench.ops import accuracy, implementations, layer, report, run
-from megalodon_plugin.bench.ops.problems import cema_parameters, cema_problem, solve, timestep_norm_problem
+from megalodon_plugin.bench.ops.problems import cema_parameters, cema_problem, padded, solve, timestep_norm_problem
 from megalodon_plugin.cli import bench
 from megalodon_plugin.cli.main import main
 from megalodon_plugin.files import write_json
@@ -167,7 +167,7 @@ def test_slow_decays_are_slow_and_extreme_ones_reach_the_ends() -> None:
 
 
 def test_problems_are_seeded_and_pad_with_nan() -> None:
-    first, second = (timestep_norm_problem((2, 40, 8), 2, BF16, CPU, seed=3, masked=True) for _ in range(2))
+    first, second = (padded(timestep_norm_problem((2, 40, 8), 2, BF16, CPU, seed=3)) for _ in range(2))
     assert torch.equal(first.weights["y"], second.weights["y"])
     mask = first.options["padding_mask"]
     assert mask[-1].all() and not mask[0].all()

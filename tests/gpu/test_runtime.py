@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalodon_plugin import kernels
-from megalodon_plugin.bench.ops.problems import CALLS, Problem, cema_problem, solve, timestep_norm_problem
+from megalodon_plugin.bench.ops.problems import CALLS, Problem, cema_problem, padded, solve, timestep_norm_problem
 from megalodon_plugin.ops import dispatch
 from megalodon_plugin.ops.dispatch import use_kernels
 
@@ -30,7 +30,8 @@ def kernels_required() -> Iterator[None]:
 def make(op: str, dtype: torch.dtype, seed: int = 0, length: int = 700, masked: bool = False) -> Problem:
     if op == "cema":
         return cema_problem((2, length, 40), 16, dtype, DEVICE, seed)
-    return timestep_norm_problem((2, length, 64), 4, dtype, DEVICE, seed, masked=masked)
+    problem = timestep_norm_problem((2, length, 64), 4, dtype, DEVICE, seed)
+    return padded(problem) if masked else problem
 
 
 def differing(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> list[str]:

@@ -9,6 +9,7 @@ the PyTorch path in float64 on the same inputs, activations already rounded to t
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megalodon_plugin.ops.dispatch import use_kernels
 
-from .problems import COEFFICIENTS, Call, Problem, cema_problem, solve, timestep_norm_problem
+from .problems import COEFFICIENTS, Call, Problem, cema_problem, padded, solve, timestep_norm_problem
 from .results import AccuracyRow
 
 LIMITS = {torch.bfloat16: 1.5, torch.float32: 2.0}
@@ -125,19 +126,29 @@ def ratio(error: float, unit: float) -> float:
 def standard_cases(op: str, dtype: torch.dtype, device: torch.device, large: bool = True) -> list[Case]:
     """The cases of the accuracy table; `large` as on a GPU, else of the same kinds and sizes for a CPU."""
 
-    def cases(name: str, make: Callable[..., Problem], seeds: int, *arguments: Any, **options: Any) -> Case:
-        made = [
-            lambda seed=seed: make(*arguments, dtype=dtype, device=device, seed=seed, **options)  # type: ignore[misc]
-            for seed in range(seeds)
-        ]
-        return Case(op, name, made)
+    def cases(
+        name: str,
+        make: Callable[..., Problem],
+        seeds: int,
+        *arguments: Any,
+        change: Callable[[Problem], Problem] | None = None,
+        **options: Any,
+    ) -> Case:
+        def one(seed: int) -> Problem:
+            problem = make(*arguments, dtype=dtype, device=device, seed=seed, **options)
+            return problem if change is None else change(problem)
+
+        return Case(op, name, [partial(one, seed) for seed in range(seeds)])
+
+    def as_in_the_paper(problem: Problem) -> Problem:
+        return problem.with_options(cema_input="paper")
 
     if op == "cema":
         wide, long, dim = ((2, 4097, 256), 32768, 64) if large else ((2, 197, 20), 500, 6)
         length = wide[1]
         return [
             cases(f"as initialised, L {length}", cema_problem, 1, wide, 16, state=False),
-            cases(f"carried state, paper's p, L {length}", cema_problem, 1, wide, 16, cema_input="paper"),
+            cases(f"carried state, paper's p, L {length}", cema_problem, 1, wide, 16, change=as_in_the_paper),
             cases(f"slow decays, L {long}", cema_problem, 1, (1, long, dim), 16, decays="slow"),
             cases(f"slow decays, L {long - 33}", cema_problem, 1, (2, long - 33, dim), 16, decays="slow"),
             cases("decays of 0 and 1, L 1001", cema_problem, 1, (2, 1001, dim), 16, decays="extreme"),
@@ -149,7 +160,7 @@ def standard_cases(op: str, dtype: torch.dtype, device: torch.device, large: boo
         cases(f"mean 0, L {length}", timestep_norm_problem, 1, shape, groups, state=False),
         cases(f"mean 1000, L {length}", timestep_norm_problem, 1, shape, groups, mean=1000.0, state=False),
         cases(f"carried state, mean 1000, L {length}", timestep_norm_problem, 1, shape, groups, mean=1000.0),
-        cases(f"carried state, padding, L {length}", timestep_norm_problem, 1, shape, groups, masked=True),
+        cases(f"carried state, padding, L {length}", timestep_norm_problem, 1, shape, groups, change=padded),
         cases("short pieces, L 3", timestep_norm_problem, 4, (2, 3, shape[2]), groups),
     ]
 
@@ -166,9 +177,7 @@ def golden_cases(folder: Path, op: str, dtype: torch.dtype, device: torch.device
         if info.get("kind") == op:
             kind = info["regime"] if op == "cema" else f"mean {info['x_mean']:g}"
             make = _golden_cema if op == "cema" else _golden_timestep_norm
-            kinds.setdefault(kind, []).append(
-                lambda make=make, path=path, info=info: make(path, info, dtype, device)  # type: ignore[misc]
-            )
+            kinds.setdefault(kind, []).append(partial(make, path, info, dtype, device))
     if not kinds:
         raise ValueError(f"`--golden` must be a folder with golden vectors of {op}, but {folder} holds none")
     return [Case(op, f"golden, {kind} ({len(made)})", made) for kind, made in kinds.items()]

@@ -31,6 +31,10 @@ class Problem(NamedTuple):
         """The activations' dtype."""
         return self.arguments["x"].dtype
 
+    def with_options(self, **options: Any) -> "Problem":
+        """The same inputs under other options of the op."""
+        return self._replace(options=self.options | options)
+
 
 def call_cema(x: Tensor, alpha, delta, theta, gamma, omega, h0=None, *, cema_input: str = "released"):
     """`ops.cema` with named outputs, y and the last hidden state h."""
@@ -110,9 +114,13 @@ def cema_problem(
     seed: int = 0,
     decays: str = "init",
     state: bool = True,
-    cema_input: str = "released",
 ) -> Problem:
-    """A problem of shape (B, L, D); `state`: a hidden state comes in, and the one that leaves is weighted."""
+    """A problem of shape (B, L, D).
+
+    Args:
+        decays: see `cema_parameters`.
+        state: a hidden state comes in, and the one that leaves is weighted.
+    """
     batch, _, dim = shape
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -125,7 +133,7 @@ def cema_problem(
     if state:
         arguments["h0"] = normal(batch, dim, order, 2)
         weights["h"] = normal(batch, dim, order, 2)
-    return Problem("cema", arguments, {"cema_input": cema_input}, weights)
+    return Problem("cema", arguments, {"cema_input": "released"}, weights)
 
 
 def timestep_norm_problem(
@@ -136,16 +144,14 @@ def timestep_norm_problem(
     seed: int = 0,
     mean: float = 0.0,
     state: bool = True,
-    masked: bool = False,
 ) -> Problem:
     """A problem of shape (B, L, D).
 
     Args:
         mean: of x, whose standard deviation is 1.
         state: statistics come in, those of row 0 from count 0, and those that leave are weighted.
-        masked: some steps are padding and hold NaN; in the last row of several all are.
     """
-    batch, length, dim = shape
+    batch, _, dim = shape
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -163,11 +169,16 @@ def timestep_norm_problem(
         arguments["var"] = 0.5 + torch.rand(batch, groups, generator=generator, device=device)
         options["count"] = torch.arange(batch, device=device) * 37
         weights |= {"mean": normal(batch, groups), "var": normal(batch, groups)}
-    if masked:
-        mask = torch.rand(batch, length, generator=generator, device=device) < 0.3
-        mask[:, : length // 8] = True  # padding on the left
-        if batch > 1:
-            mask[-1] = True
-        arguments["x"] = arguments["x"].masked_fill(mask.unsqueeze(-1), float("nan"))
-        options["padding_mask"] = mask
     return Problem("timestep_norm", arguments, options, weights)
+
+
+def padded(problem: Problem) -> Problem:
+    """A problem of TimestepNorm in which some steps are padding and hold NaN; in the last row of several all are."""
+    x = problem.arguments["x"]
+    batch, length, _ = x.shape
+    mask = torch.rand(batch, length, generator=torch.Generator(x.device).manual_seed(batch), device=x.device) < 0.3
+    mask[:, : length // 8] = True  # padding on the left
+    if batch > 1:
+        mask[-1] = True
+    arguments = problem.arguments | {"x": x.masked_fill(mask.unsqueeze(-1), float("nan"))}
+    return problem._replace(arguments=arguments).with_options(padding_mask=mask)

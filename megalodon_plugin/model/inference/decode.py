@@ -1,6 +1,7 @@
 """One token after another from a carried state, under a CUDA graph where there is a GPU."""
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,9 @@ def _with_compiled_layers(model: Megalodon) -> Megalodon:
     """A model of the same parameters. The one given stays as it is: reading would compile for every length."""
     compiled = copy.copy(model)
     compiled._modules = dict(model._modules)
-    layers = {name: torch.compile(layer, fullgraph=True, dynamic=False) for name, layer in model.layers.items()}
-    compiled.layers = nn.ModuleDict(layers)  # type: ignore[arg-type]
+    layers = {
+        name: cast(nn.Module, torch.compile(layer, fullgraph=True, dynamic=False))  # typed as a function
+        for name, layer in model.layers.items()
+    }
+    compiled.layers = nn.ModuleDict(layers)
     return compiled

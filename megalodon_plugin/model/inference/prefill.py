@@ -87,24 +87,29 @@ def prefill(
     rows = list(prompts)
     _check_prompts(model, rows, after, piece_tokens)
     lengths = [len(row) for row in rows]
-    states = [None if after is None else after.state.select([b]) for b in range(len(rows))]
-    logits = [None if after is None else after.logits[b : b + 1] for b in range(len(rows))]
+    states: dict[int, MegalodonState] = {}  # by row, as far as it has been read
+    logits: dict[int, Tensor] = {}
+    if after is not None:
+        states = {b: after.state.select([b]) for b in range(len(rows))}
+        logits = {b: after.logits[b : b + 1] for b in range(len(rows))}
     start, n_read = 0, 0
     # Rows go side by side as far as the shortest of those that are left; those that have ended wait.
     for end in sorted(set(lengths) - {0}):
         active = [b for b, length in enumerate(lengths) if length > start]
-        state = None if after is None and start == 0 else MegalodonState.joined([states[b] for b in active])  # type: ignore[misc]
+        state = MegalodonState.joined([states[b] for b in active]) if states else None
         text = torch.stack([rows[b][start:end] for b in active])
         for piece in text.split(piece_tokens or _piece(model, len(active)), 1):
             features, state = model.stream(piece, state)
             n_read += piece.numel()
             if progress is not None:
                 progress(n_read)
+        assert state is not None
         last = model.logits(features[:, -1])
         for i, b in enumerate(active):
-            states[b], logits[b] = state.select([i]) if len(active) > 1 else state, last[i : i + 1]  # type: ignore[union-attr]
+            states[b], logits[b] = state.select([i]) if len(active) > 1 else state, last[i : i + 1]
         start = end
-    return Prefilled(MegalodonState.joined(states), torch.cat(logits))  # type: ignore[arg-type]
+    in_order = range(len(rows))
+    return Prefilled(MegalodonState.joined([states[b] for b in in_order]), torch.cat([logits[b] for b in in_order]))
 
 
 def _piece(model: Megalodon, rows: int) -> int:

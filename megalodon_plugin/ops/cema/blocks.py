@@ -67,7 +67,7 @@ class CoefficientGrads(NamedTuple):
     g: Tensor
     omega: Tensor
 
-    def __add__(self, other: "CoefficientGrads") -> "CoefficientGrads":  # type: ignore[override]
+    def __add__(self, other: "CoefficientGrads") -> "CoefficientGrads":  # type: ignore[override]  # a tuple's joins
         return CoefficientGrads(*(a + b for a, b in zip(self, other, strict=True)))
 
 
