@@ -54,12 +54,12 @@ def format_of(folder: Path) -> str:
         ValueError: the folder is missing, half-written or in no format of `FORMATS`.
     """
     if not folder.is_dir():
-        raise ValueError(f"the checkpoint must be a `step-N` folder or one of weights, but {folder} is no folder")
+        raise ValueError(f"the checkpoint must be a `step-N` folder or one of weights, but {folder} is not a folder")
     for name, module in _FORMATS.items():
         if module.is_one(folder):
             return name
     raise ValueError(
-        f"the checkpoint {folder} must be complete and in the host's format, in safetensors or in the authors' format, "
+        f"the checkpoint {folder} must be complete and in the format of torchtitan, safetensors or the authors, "
         "but has no .metadata, no *.safetensors and no consolidated*.pth"
     )
 
@@ -76,7 +76,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         check_state_dict(tensors, config)
     except ValueError as error:
-        raise ValueError(f"the checkpoint {folder} is one of another configuration: {error}") from error
+        raise ValueError(f"the checkpoint {folder} does not fit its own configuration: {error}") from error
     if config.tie_embedding:
         embedding = tensors["tok_embeddings.weight"]
         if not torch.equal(tensors.get("output.weight", embedding), embedding):

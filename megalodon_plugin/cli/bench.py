@@ -15,6 +15,8 @@ from megalodon_plugin.planning.links import Links
 
 from .options import options_of
 
+COMMIT_HELP = "commit id to record in the results (default: what git says about this folder)"
+
 
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to those of the console."""
@@ -27,8 +29,10 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Check CEMA and TimestepNorm against float64, then time them beside implementations in plain "
         "torch. Needs a CUDA GPU. Writes ops.json and ops.png.",
     )
-    ops.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder for the results (outputs/bench)")
-    ops.add_argument("--only", choices=OPS, help="one op")
+    ops.add_argument(
+        "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (default outputs/bench)"
+    )
+    ops.add_argument("--only", choices=OPS, help="only this op")
     ops.add_argument("--quick", action="store_true", help="only the kernels, fewer lengths, shorter measurements")
     ops.add_argument(
         "--shapes",
@@ -42,8 +46,8 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     ops.add_argument(
         "--accuracy-only", action="store_true", help="check accuracy and write accuracy.json, without timing"
     )
-    ops.add_argument("--golden", type=Path, help="a folder of golden vectors to check with as well")
-    ops.add_argument("--commit", help="commit to record in the results (default: from git)")
+    ops.add_argument("--golden", type=Path, help="also check against the golden vectors in this folder")
+    ops.add_argument("--commit", help=COMMIT_HELP)
     _add_generate(benches)
     _add_train(benches)
     _add_parallel(benches)
@@ -56,20 +60,26 @@ def _add_generate(benches: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = benches.add_parser(
         "generate",
         help="measure reading of long prompts and decoding",
-        description="Measure tokens a second and memory while prompts are read and while tokens are decoded after "
+        description="Measure tokens per second and memory while prompts are read and while tokens are decoded after "
         "them. Writes generate.json and generate.png.",
     )
-    parser.add_argument("--flavor", default="released_200M", help="a preset (released_200M)")
+    parser.add_argument("--flavor", default="released_200M", help="the preset to measure (default released_200M)")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[8192, 65536, 524288, 1048576], help="tokens of the prompts"
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows that are decoded together")
-    parser.add_argument("--steps", type=int, default=256, help="tokens to decode for each row (256)")
-    parser.add_argument("--against", choices=["llama"], help="also torchtitan's Llama of equal size")
     parser.add_argument(
-        "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (outputs/bench)"
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 8, 64],
+        help="rows that are decoded together, for each measurement",
     )
-    parser.add_argument("--commit", help="commit to record in the results (default: from git)")
+    parser.add_argument("--steps", type=int, default=256, help="tokens to decode in each row (default 256)")
+    parser.add_argument("--against", choices=["llama"], help="also measure torchtitan's Llama of the same size")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (default outputs/bench)"
+    )
+    parser.add_argument("--commit", help=COMMIT_HELP)
 
 
 def _add_train(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -77,24 +87,34 @@ def _add_train(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = benches.add_parser(
         "train",
         help="measure training steps",
-        description="Measure tokens a second, memory and MFU of training steps in torchtitan. Writes train.json and "
+        description="Measure tokens per second, memory and MFU of training steps in torchtitan. Writes train.json and "
         "train.png.",
     )
     parser.add_argument(
-        "--sizes", choices=SIZES, nargs="+", default=["200M"], help="models (200M); 7B-width is four layers of 7B"
+        "--sizes",
+        choices=SIZES,
+        nargs="+",
+        default=["200M"],
+        help="models (default 200M); 7B-width: 4 layers as wide as 7B's",
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768], help="tokens a row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 32768], help="tokens per row")
     parser.add_argument(
-        "--tokens", type=int, default=32768, help="tokens a step (32768); a longer row is a step by itself"
+        "--tokens", type=int, default=32768, help="tokens per step (default 32768); a longer row is a step by itself"
     )
-    parser.add_argument("--against", choices=["llama"], help="also torchtitan's Llama of equal size")
-    parser.add_argument("--steps", type=int, default=10, help="steps; the first three are not counted (10)")
+    parser.add_argument("--against", choices=["llama"], help="also measure torchtitan's Llama of the same size")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="steps, of which the first 3 are not counted (default 10)"
+    )
     parser.add_argument("--checkpointing", choices=["selective", "full", "none"], default="selective")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--profile", action="store_true", help="also the time of a step on the GPU by kind of kernel")
-    parser.add_argument("--longest-step", type=float, default=30.0, help="give up jobs with slower steps, seconds (30)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder of the results (outputs/bench)")
-    parser.add_argument("--commit", help="commit to record in the results (default: from git)")
+    parser.add_argument("--eager", action="store_true", help="run without torch.compile")
+    parser.add_argument("--profile", action="store_true", help="also measure the time of a step by kind of GPU kernel")
+    parser.add_argument(
+        "--longest-step", type=float, default=30.0, help="skip jobs whose steps take more seconds (default 30)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (default outputs/bench)"
+    )
+    parser.add_argument("--commit", help=COMMIT_HELP)
 
 
 def _add_parallel(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -103,42 +123,78 @@ def _add_parallel(benches: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "parallel",
         help="check, time and simulate layouts of several GPUs",
         description="Check every layout against one process, then time weak and strong scaling of training steps on "
-        "the GPUs of this machine (on gloo without any), and simulate larger layouts. Writes parallel.json and "
+        "the GPUs of this machine (without any, on its CPU), and simulate larger layouts. Writes parallel.json and "
         "parallel.png. The status is 1 if a check failed.",
     )
-    what = parser.add_argument_group("what is run")
-    what.add_argument("--gpus", type=int, help="at most so many (default: all; 2 processes without a GPU)")
-    what.add_argument("--layouts", nargs="+", metavar="LAYOUT", help="such as 'cp 8' 'fsdp 2 x cp 4' (default: a list)")
-    what.add_argument("--sizes", choices=SIZES, nargs="+", default=["7B-width"], help="models; 7B-width has 4 layers")
-    what.add_argument("--against", choices=["llama"], help="also torchtitan's Llama of equal size")
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--gpus", type=int, help="use at most this many (default all; without a GPU 2 processes)")
+    what.add_argument(
+        "--layouts", nargs="+", metavar="LAYOUT", help="such as 'cp 8' 'fsdp 2 x cp 4' (default: those of each degree)"
+    )
+    what.add_argument(
+        "--sizes",
+        choices=SIZES,
+        nargs="+",
+        default=["7B-width"],
+        help="models (default 7B-width: 4 layers as wide as 7B's)",
+    )
+    what.add_argument("--against", choices=["llama"], help="also measure torchtitan's Llama of the same size")
     what.add_argument("--scaling", choices=["weak", "strong", "none"], nargs="+", default=["weak", "strong"])
     what.add_argument(
-        "--tokens-per-gpu", type=int, nargs="+", default=[32768], help="weak scaling: of a step, on each GPU (32768)"
+        "--tokens-per-gpu",
+        type=int,
+        nargs="+",
+        default=[32768],
+        help="weak scaling: tokens of a step per GPU (default 32768)",
     )
     what.add_argument(
-        "--lengths", type=int, nargs="+", default=[32768, 131072, 1048576], help="strong scaling: tokens of a row"
+        "--lengths", type=int, nargs="+", default=[32768, 131072, 1048576], help="strong scaling: tokens per row"
     )
     what.add_argument(
-        "--tokens-per-step", type=int, default=262144, help="strong scaling: of a step; longer rows come one a step"
+        "--tokens-per-step",
+        type=int,
+        default=262144,
+        help="strong scaling: tokens per step; a longer row is a step by itself",
     )
-    what.add_argument("--no-checks", action="store_true", help="time layouts that were checked before")
-    how = parser.add_argument_group("how")
-    how.add_argument("--steps", type=int, default=15, help="steps at most; the first three are not counted (15)")
-    how.add_argument("--seconds", type=float, default=20.0, help="no more steps after so long, but 3 counted ones (20)")
+    what.add_argument("--no-checks", action="store_true", help="skip the comparison of each layout with one process")
+    how = parser.add_argument_group("how to measure it")
+    how.add_argument(
+        "--steps",
+        type=int,
+        default=15,
+        help="at most this many steps, of which the first 3 are not counted (default 15)",
+    )
+    how.add_argument(
+        "--seconds", type=float, default=20.0, help="stop after so many seconds and 3 counted steps (default 20)"
+    )
     how.add_argument("--checkpointing", choices=["selective", "full", "none"], default="selective")
-    how.add_argument("--eager", action="store_true", help="without torch.compile")
-    how.add_argument("--longest-step", type=float, default=60.0, help="give up what is slower, seconds (60)")
-    how.add_argument("--timeout", type=float, default=600.0, help="end what takes longer, seconds (600)")
+    how.add_argument("--eager", action="store_true", help="run without torch.compile")
+    how.add_argument(
+        "--longest-step", type=float, default=60.0, help="skip jobs whose steps take more seconds (default 60)"
+    )
+    how.add_argument("--timeout", type=float, default=600.0, help="stop a job after this many seconds (default 600)")
     simulation = parser.add_argument_group("simulation")
     simulation.add_argument(
-        "--simulate", type=int, choices=[2, 8, 64, 256], nargs="+", help="numbers of GPUs, 8 a node"
+        "--simulate",
+        type=int,
+        choices=[2, 8, 64, 256],
+        nargs="+",
+        help="also estimate steps on this many GPUs, 8 per node",
     )
     links = Links()
-    simulation.add_argument("--node-gb-s", type=float, default=links.node_gb_s, help="inside a node, GB/s (450)")
-    simulation.add_argument("--network-gb-s", type=float, default=links.network_gb_s, help="between nodes, GB/s (50)")
-    simulation.add_argument("--latency-us", type=float, default=links.latency_us, help="of a message, µs (10)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder of the results (outputs/bench)")
-    parser.add_argument("--commit", help="the commit to name in the results, where git cannot tell")
+    simulation.add_argument(
+        "--node-gb-s", type=float, default=links.node_gb_s, help="speed inside a node, GB/s (default 450)"
+    )
+    simulation.add_argument(
+        "--network-gb-s", type=float, default=links.network_gb_s, help="speed between nodes, GB/s (default 50)"
+    )
+    simulation.add_argument(
+        "--latency-us", type=float, default=links.latency_us, help="latency of a message, µs (default 10)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (default outputs/bench)"
+    )
+    parser.add_argument("--commit", help=COMMIT_HELP)
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -188,9 +244,7 @@ def run_bench(options: argparse.Namespace) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise ValueError(
-            "a CUDA GPU is needed, for times and memory of kernels are what is measured, but torch finds none"
-        )
+        raise ValueError("this benchmark measures CUDA kernels and needs a CUDA GPU, but torch finds none")
     from megalodon_plugin.bench.ops.run import Bench, OpsOptions
 
     device = torch.device("cuda", torch.cuda.current_device())

@@ -13,13 +13,17 @@ def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Convert between torchtitan's checkpoints (dcp), safetensors with a config.json, and the authors' "
         "released format with its model-parallel shards. Weights stay the same to the last bit.",
     )
-    convert.add_argument("source", type=Path, help="a folder in any of the formats, which is recognised")
+    convert.add_argument("source", type=Path, help="the checkpoint's folder; its format is recognised")
     convert.add_argument("target", type=Path, help="the folder to write, which must not exist yet")
     convert.add_argument("--to", choices=("dcp", "safetensors", "authors"), required=True, help="format of the target")
-    convert.add_argument("--shards", type=int, default=1, help="model-parallel shards of the authors' format")
-    convert.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default 5)")
-    convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="change that of the matrices")
-    convert.add_argument("--tokenizer", help="the tokenizer to go with the model instead of the one it names")
+    convert.add_argument(
+        "--shards", type=int, default=1, help="model-parallel shards of the authors' format (default 1)"
+    )
+    convert.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="largest size of a safetensors file, in GB (default 5)"
+    )
+    convert.add_argument("--dtype", choices=("float32", "bfloat16"), help="store the weight matrices in this dtype")
+    convert.add_argument("--tokenizer", help="store this tokenizer instead of the one that the checkpoint names")
     convert.set_defaults(run=run_convert)
 
 

@@ -182,7 +182,7 @@ class Evaluation:
                     "`--restart`"
                 )
         self.results = content["results"]
-        print(f"going on from {self.progress}", file=sys.stderr)
+        print(f"continuing from {self.progress}", file=sys.stderr)
         score = score_from(tensors, self.model.cfg.chunk_size) if "place" in tensors else None
         return score, content["seconds"]
 

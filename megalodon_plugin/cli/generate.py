@@ -16,20 +16,40 @@ def add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_model_options(generate)
     prompts = generate.add_argument_group("prompts")
-    prompts.add_argument("--prompt", action="append", default=[], help="a text to continue; may be given again")
-    prompts.add_argument("--prompt-file", action="append", default=[], type=Path, help="a file of UTF-8 to continue")
-    prompts.add_argument("--prefill-tokens", type=int, help="read prompts in pieces of this length (default 16384)")
-    prompts.add_argument("--load-state", type=Path, help="go on from what --save-state wrote, prompts come after it")
-    prompts.add_argument("--save-state", type=Path, help="write the state after the prompts")
+    prompts.add_argument("--prompt", action="append", default=[], help="a text to continue; may be given several times")
+    prompts.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        type=Path,
+        help="a UTF-8 text file to continue; may be given several times",
+    )
+    prompts.add_argument(
+        "--prefill-tokens", type=int, help="read prompts in pieces of this many tokens (default 16384)"
+    )
+    prompts.add_argument(
+        "--load-state", type=Path, help="continue from the state in this file; prompts are appended to its text"
+    )
+    prompts.add_argument("--save-state", type=Path, help="write the state after the prompts to this file")
     sampling = generate.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=200)
-    sampling.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    sampling.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    sampling.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this much probability")
-    sampling.add_argument("--seed", type=int, default=0)
-    sampling.add_argument("--compile", action="store_true", help="compile the step first; worth it for long texts")
-    sampling.add_argument("--stop-token", type=int, action="append", default=[], help="an id that ends a text too")
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the tokenizer's end token")
+    sampling.add_argument("--max-new-tokens", type=int, default=200, help="tokens to generate at most (default 200)")
+    sampling.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
+    sampling.add_argument("--top-k", type=int, help="draw from the k most likely tokens")
+    sampling.add_argument(
+        "--top-p", type=float, help="draw from the most likely tokens that together have this probability"
+    )
+    sampling.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
+    sampling.add_argument(
+        "--compile", action="store_true", help="compile the decoding step first, which pays for long texts"
+    )
+    sampling.add_argument(
+        "--stop-token",
+        type=int,
+        action="append",
+        default=[],
+        help="also end a text at this token id; may be given several times",
+    )
+    sampling.add_argument("--ignore-eos", action="store_true", help="continue after the tokenizer's end token")
     generate.set_defaults(run=run_generate)
 
 

@@ -21,11 +21,13 @@ def options_of(kind: type[Options], parsed: argparse.Namespace) -> Options:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that runs a checkpoint."""
     parser.add_argument(
-        "checkpoint", type=Path, help="a step-N folder, a folder of safetensors, or of the authors' release"
+        "checkpoint", type=Path, help="a step-N folder of a run, or a folder of safetensors or of the authors' release"
     )
     parser.add_argument("--tokenizer", help='"byte", a tokenizer file or a folder; by default the checkpoint\'s')
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the matrices (default bfloat16 on a GPU, else float32)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the weight matrices (default bfloat16 on a GPU, else float32)",
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
 

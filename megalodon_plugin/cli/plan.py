@@ -17,12 +17,12 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "recommend one. Further options are torchtitan's, such as --training.local_batch_size 2.",
     )
     plan.add_argument("config", type=Path, help="the TOML file")
-    plan.add_argument("--gpus", type=int, required=True, help="GPUs of the whole job")
+    plan.add_argument("--gpus", type=int, required=True, help="number of GPUs of the whole job")
     plan.add_argument("--memory", type=float, default=80, metavar="GIB", help="memory of a GPU, in GiB (default 80)")
     plan.add_argument("--gpus-per-node", type=int, default=8, help="GPUs joined by NVLink (default 8)")
-    plan.add_argument("--seq-len", type=int, help="tokens a row, in place of the file's")
+    plan.add_argument("--seq-len", type=int, help="tokens per row, instead of the file's")
     plan.add_argument("--rows", type=int, default=12, help="layouts to print (default 12)")
-    plan.add_argument("--json", type=Path, metavar="FILE", help="write all layouts and every exchange to a file")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write all layouts and every exchange to this file")
     speeds = plan.add_argument_group("speeds that the estimate of time rests on, of one GPU")
     default = Links()
     speeds.add_argument(
@@ -41,9 +41,11 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--latency-us",
         type=float,
         default=default.latency_us,
-        help="µs of a message, times log2 of the ranks (default 10, assumed)",
+        help="latency in µs of a message between two ranks; between P ranks log2(P) times that (default 10, assumed)",
     )
-    speeds.add_argument("--tflops", type=float, default=400.0, help="TFLOP/s of the model (default 400, assumed)")
+    speeds.add_argument(
+        "--tflops", type=float, default=400.0, help="TFLOP/s that a GPU reaches in the model (default 400, assumed)"
+    )
     plan.set_defaults(run=run_plan, takes_host_options=True, error_status=2)  # 1 says that no layout fits
 
 
@@ -63,7 +65,7 @@ def run_plan(options: argparse.Namespace) -> int:
     job = load_job(plan.config, plan.seq_len, overrides)
     found, refused = candidates(job, plan)
     if not found:
-        raise ValueError(f"`--gpus` must be a number that some layout takes, but is {plan.gpus}:\n{reasons(refused)}")
+        raise ValueError(f"`--gpus` must allow at least one layout, but {plan.gpus} allows none:\n{reasons(refused)}")
     if plan.json is not None:
         write_text(as_json(job, found, refused, plan), plan.json)
     print(report(job, found, refused, plan, overrides))

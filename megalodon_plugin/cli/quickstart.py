@@ -47,7 +47,7 @@ def _run(arguments: list[str] | None) -> None:
     complete = [path for path in checkpoints.glob("step-*") if is_complete(path)]
     if not values or not complete:
         raise ValueError(
-            "`validation.enable` and `checkpoint.enable` must be on, for the quickstart shows what they give"
+            "`validation.enable` and `checkpoint.enable` must be true, because the quickstart shows what they write"
         )
     last = max(complete, key=lambda path: int(path.name.split("-")[1]))
     print(f"\nquickstart: a sample of {last}, from the prompt {PROMPT!r}:\n{'-' * 80}")

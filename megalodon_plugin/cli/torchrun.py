@@ -14,7 +14,7 @@ def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="Train from a TOML file. Further options are torchtitan's, such as --training.steps 100.",
     )
     train.add_argument("config", type=Path, help="the TOML file")
-    train.add_argument("--nproc", type=int, default=1, help="processes on this machine, one a device (default 1)")
+    train.add_argument("--nproc", type=int, default=1, help="processes on this machine, one per device (default 1)")
     train.set_defaults(run=run_train, takes_host_options=True)
 
 
@@ -31,7 +31,7 @@ def training_command(config: Path, nproc: int, options: list[str]) -> list[str]:
         ValueError: the file does not exist, or the number of processes is not positive.
     """
     if not config.is_file():
-        raise ValueError(f"the configuration file must come first and exist, but {str(config)!r} is no file")
+        raise ValueError(f"the first argument must be a configuration file, but {str(config)!r} is not a file")
     if nproc < 1:
         raise ValueError(f"`--nproc` must be at least 1, but is {nproc}")
     torchrun = ["--standalone", "--nproc_per_node", str(nproc)]

@@ -98,7 +98,7 @@ class Corpus:
                 token = 0
             empty_epochs = 0 if found else empty_epochs + 1
             if empty_epochs == (1 if self.n_lanes == 1 else MOST_EMPTY_EPOCHS):
-                raise ValueError(f'the text of "{self.path}" must yield tokens, but it holds no text')
+                raise ValueError(f'the text of "{self.path}" must yield tokens, but holds no text')
             epoch, index = epoch + 1, 0
 
     def unit_runs(

@@ -42,10 +42,9 @@ class DocumentCorpus(Corpus):
         self._files = files_of(units)
         if len(self._files) < n_lanes:
             raise ValueError(
-                f'with `megalodon.carry_state` the text of "{self.path}" must be at least as many files as a step has '
-                f"rows, {n_lanes}, each of which reads a file of its own, but is {len(self._files)}: give it more "
-                "files, or lower `training.local_batch_size` and `training.global_batch_size` and lengthen "
-                "`training.seq_len` instead"
+                f'with `megalodon.carry_state` the text of "{self.path}" must have at least one file for each of the '
+                f"{n_lanes} rows of a step, but has {len(self._files)}: give it more files, or lower "
+                "`training.local_batch_size` and `training.global_batch_size` and lengthen `training.seq_len` instead"
             )
 
     def lane_order(self, lane: int, epoch: int) -> Sequence[int]:

@@ -77,7 +77,7 @@ def find_text_files(dataset_path: str, key: str = "training.dataset_path") -> li
         found = _files_of(part, f'`{key}` must name files, folders or globs, but is "{dataset_path}"')
         if not found:
             raise ValueError(
-                f'`{key}` must lead to files {", ".join(TEXT_SUFFIXES)} or these with .gz, but "{part}" has none'
+                f'`{key}` must name files {", ".join(TEXT_SUFFIXES)} or these with .gz, but "{part}" has none'
             )
         for path, name in found:
             # Two folders may hold files of one name: their place in the list tells them apart.

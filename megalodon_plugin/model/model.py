@@ -44,8 +44,8 @@ class Megalodon(nn.Module):
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Initialise every parameter by the authors' table; `buffer_device` is where the RoPE tables go.
 
-        Call it after `to_empty` on a model from the meta device: sharing the embedding's weight is renewed here, for
-        `to_empty` ends it.
+        Call it after `to_empty` on a model from the meta device: sharing the embedding's weight is set up again here,
+        because `to_empty` ends it.
         """
         self._tie()
         if self.tok_embeddings is not None:
@@ -59,7 +59,7 @@ class Megalodon(nn.Module):
         if buffer_device is not None:
             for module in self.modules():
                 if isinstance(module, Rotary):
-                    module.to_empty(device=buffer_device)  # makes its table anew there, from the meta device too
+                    module.to_empty(device=buffer_device)  # computes its table there, also on the meta device
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Rotary(nn.Module):
     """Turn pair j of a head by the angle position * theta^(-2j/E), E = head size (RoPE, arXiv 2104.09864).
 
-    The table of cosines and sines, (C, E/2, 2), is a function of the configuration alone. So it is made again whenever
+    The table of cosines and sines, (C, E/2, 2), is a function of the configuration alone. So it is computed whenever
     the module is moved, materialised from the meta device or recast: a checkpoint need not hold it, `to_empty` cannot
     lose it, and `.double()` gets float64 accuracy where `.bfloat16()` keeps float32.
     """

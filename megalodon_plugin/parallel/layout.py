@@ -198,15 +198,15 @@ def _stock_entry(layout: Layout, config: MegalodonConfig, job: Job) -> Iterator[
     needs_own_trainer = {
         PP: (
             layout.pp,
-            "its loss is divided by the token count only after the backward pass (torchtitan #2972), so that clipping "
-            "would always fire",
+            "its loss is divided by the token count only after the backward pass (torchtitan #2972), so that gradients "
+            "would always be clipped",
         ),
         CP: (layout.cp, "its metrics count every token once a rank (torchtitan #2983, #3111)"),
     }
     for key, (degree, reason) in needs_own_trainer.items():
         if degree > 1 and not job.own_trainer:
             yield (
-                f"`{key}` must be 1 under the stock entry, but is {degree}: {reason}. "
+                f"`{key}` must be 1 when torchtitan's own command starts the job, but is {degree}: {reason}. "
                 f"Start the job with `{OWN_ENTRY}` or `megalodon train`"
             )
 
@@ -277,8 +277,8 @@ def _dropout(layout: Layout, config: MegalodonConfig, job: Job) -> Iterator[str]
     for name in DROPOUTS:
         if several is not None and getattr(config, name) > 0:
             yield (
-                f"`megalodon.{name}` must be 0 with {several}, but is {getattr(config, name)}: the host seeds all "
-                "these ranks alike, so they would drop the same places"
+                f"`megalodon.{name}` must be 0 with {several}, but is {getattr(config, name)}: torchtitan "
+                "gives all these ranks one seed, so they would drop the same places"
             )
 
 

@@ -51,7 +51,7 @@ class PlanOptions:
     def validate(self) -> None:
         """Raise ValueError for what is out of range."""
         if not self.config.is_file():
-            raise ValueError(f"the configuration file must come first and exist, but {str(self.config)!r} is no file")
+            raise ValueError(f"the first argument must be a configuration file, but {str(self.config)!r} is not a file")
         for name in ("gpus", "gpus_per_node", "rows", "memory", "node_gb_s", "network_gb_s", "tflops"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`--{name.replace('_', '-')}` must be positive, but is {getattr(self, name)}")
@@ -60,7 +60,9 @@ class PlanOptions:
         if self.seq_len is not None and self.seq_len < 1:
             raise ValueError(f"`--seq-len` must be at least 1, but is {self.seq_len}")
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
-            raise ValueError(f"`--gpus` must fill nodes of {self.gpus_per_node}, but is {self.gpus}")
+            raise ValueError(
+                f"`--gpus` must be a multiple of `--gpus-per-node` = {self.gpus_per_node}, but is {self.gpus}"
+            )
 
 
 @dataclass(frozen=True)

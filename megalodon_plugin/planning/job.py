@@ -108,7 +108,7 @@ def load_job(config: Path, seq_len: int | None, overrides: list[str]) -> Planned
 
     degrees = [option for option in overrides if option.startswith("--parallelism.") and "degree" in option]
     if degrees:
-        raise ValueError(f"`{degrees[0].split('=')[0]}` must be left out: the degrees are what a plan chooses")
+        raise ValueError(f"`{degrees[0].split('=')[0]}` must be left out, because the plan chooses the degrees")
     options = read_job(["--job.config_file", str(config), *overrides])
     if options.model.name != "megalodon":
         raise ValueError(f"`model.name` must be megalodon, but is {options.model.name!r}")

@@ -45,11 +45,11 @@ def remove_incomplete(checkpoint_folder: Path) -> list[Path]:
 
 
 def checkpoint_to_load(job_config: Any) -> Path | None:
-    """The folder that the host will load for this job, None if it starts afresh.
+    """The folder that the host will load for this job, None if it starts from new weights.
 
     Raises:
         ValueError: `checkpoint.load_step` names a step without a complete checkpoint, or the host would ignore
-            `checkpoint.initial_load_path` and start afresh.
+            `checkpoint.initial_load_path` and start from new weights.
     """
     checkpoint = job_config.checkpoint
     if not checkpoint.enable:
@@ -67,8 +67,8 @@ def checkpoint_to_load(job_config: Any) -> Path | None:
         return steps[checkpoint.load_step]
     if not steps and checkpoint.initial_load_path:
         raise ValueError(
-            f"`checkpoint.initial_load_path` needs that {folder} does not exist yet; but it does, without a complete "
-            "checkpoint in it, and the host would start afresh. Remove that folder"
+            f"with `checkpoint.initial_load_path`, {folder} must not exist or must hold a complete checkpoint, but it "
+            "holds none: torchtitan would ignore the path and start from new weights. Remove the folder"
         )
     return steps[max(steps)] if steps else None
 
@@ -90,25 +90,25 @@ def saved_tensors(checkpoint: Path) -> dict[str, torch.Size] | None:
 
 
 def check_fits(checkpoint: Path, saved: Mapping[str, torch.Size], model_parts: list[torch.nn.Module]) -> None:
-    """Raise ValueError, with both shapes, when the checkpoint is one of another configuration."""
+    """Raise ValueError, with both shapes, when the checkpoint belongs to another configuration of the model."""
     for part in model_parts:
         for name, parameter in part.named_parameters():
             name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
             if name not in saved:
                 raise ValueError(
-                    f"the checkpoint {checkpoint} is one of another configuration: it lacks `{name}` of shape "
+                    f"the checkpoint {checkpoint} is of another model configuration: it lacks `{name}` of shape "
                     f"{tuple(parameter.shape)}"
                 )
             if saved[name] != parameter.shape:
                 raise ValueError(
-                    f"the checkpoint {checkpoint} is one of another configuration: `{name}` has shape "
+                    f"the checkpoint {checkpoint} is of another model configuration: `{name}` has shape "
                     f"{tuple(saved[name])} there, but {tuple(parameter.shape)} in this model"
                 )
     layers = [int(m.group(1)) for name in saved if (m := re.match(r"layers\.(\d+)\.", name))]
     n_layers = getattr(getattr(model_parts[0], "cfg", None), "n_layers", None)  # the host's models have no such field
     if layers and n_layers is not None and max(layers) + 1 != n_layers:
         raise ValueError(
-            f"the checkpoint {checkpoint} is one of another configuration: it has {max(layers) + 1} layers, but "
+            f"the checkpoint {checkpoint} is of another model configuration: it has {max(layers) + 1} layers, but "
             f"`n_layers` is {n_layers}"
         )
 

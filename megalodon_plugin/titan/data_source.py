@@ -107,7 +107,7 @@ def corpus_of(
     if shared and source != (options.dataset, options.dataset_path):
         logger.info(
             f'Validation reads the training data, "{source.label}": `data.validation_fraction` = '
-            f"{data.validation_fraction} of them are held out. `validation.dataset_path` would name others"
+            f"{data.validation_fraction} of it is held out. To validate on other data set `validation.dataset_path`"
         )
     size = sum(unit.n_bytes for unit in units) / 2**20
     logger.info(f'{section} text: "{source.label}", {len(files)} files; {size:.1f} MiB in {len(units)} units')
@@ -190,7 +190,7 @@ def _files_of_side(job_config: JobConfig, section: str) -> tuple[list[TextFile],
         return files["training"], True
     if training & validation:
         raise ValueError(
-            "`validation.dataset_path` must name the training files (of which a share is held out) or others, "
+            "`validation.dataset_path` must name all of the training files (a share of them is then held out) or none, "
             f"but of its {len(validation)} files {len(training & validation)} are training files, and "
             f"{len(training - validation)} training files are not among them"
         )
@@ -207,7 +207,8 @@ def _side(units: list[Unit], section: str, data: Data, divide: Divide) -> list[U
         )
     if data.validation_fraction > 0 and not validation:
         raise ValueError(
-            f"`data.validation_fraction` must leave text on both sides, but the data are {len(units)} unit, too small "
-            "to be split: give more text, lower `training.seq_len`, or name other data in `validation.dataset_path`"
+            "`data.validation_fraction` must leave text for training and for validation, but the data are too small to "
+            f"be split ({len(units)} unit): give more text, lower `training.seq_len`, or name other data in "
+            "`validation.dataset_path`"
         )
     return training if section == "training" else validation

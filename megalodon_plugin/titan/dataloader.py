@@ -124,11 +124,11 @@ class TextLoader(BaseDataLoader):
         """Raise ValueError unless a checkpoint with this fingerprint is of this run's data."""
         if int(fingerprint) != self._fingerprint:
             raise ValueError(
-                "the data position in the checkpoint must be of this run's data, but it is a checkpoint of other data: "
+                "the checkpoint's position in the data must belong to the data of this run, but something has changed: "
                 "`data.seed`, `data.validation_fraction`, `data.text_field`, `training.seq_len`, the tokenizer, the "
-                f'files of "{self._corpus.path}", `megalodon.carry_state` or, where that is true, the rows of a step '
-                "have changed. Set them back, or start the data from their beginning "
-                'with `checkpoint.exclude_from_loading` = ["dataloader"]'
+                f'files of "{self._corpus.path}", `megalodon.carry_state` or, where that is true, the rows of a step. '
+                "Set it back, or start the data from their beginning with "
+                '`checkpoint.exclude_from_loading` = ["dataloader"]'
             )
 
 

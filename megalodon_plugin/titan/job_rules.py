@@ -39,8 +39,8 @@ def check(job_config: Any, config: MegalodonConfig, own_trainer: bool) -> None:
         )
     if parallelism.enable_async_tensor_parallel:
         raise ValueError(
-            "`parallelism.enable_async_tensor_parallel` must be false, but is true: it covers gathers over time only, "
-            "and the plugin's are over features"
+            "`parallelism.enable_async_tensor_parallel` must be false, but is true: torchtitan's "
+            "version covers gathers along the sequence, and this model gathers features"
         )
     balancer = parallelism.context_parallel_load_balancer
     if balancer not in (None, "headtail"):
@@ -127,13 +127,13 @@ def carries_state(job_config: Any) -> bool:
 def _check_carried_state(job: Job, config: MegalodonConfig) -> None:
     if job.carry_state and not job.own_trainer:
         raise ValueError(
-            "`megalodon.carry_state` must be false under the stock entry, whose Trainer carries nothing from step to "
-            f"step, but is true. Start the job with `{OWN_ENTRY}` or `megalodon train`"
+            "`megalodon.carry_state` must be false when torchtitan's own command starts the job, whose Trainer carries "
+            f"no state from step to step, but is true. Start the job with `{OWN_ENTRY}` or `megalodon train`"
         )
     if job.carry_state and config.attention_dropout > 0:
         raise ValueError(
             "`megalodon.attention_dropout` must be 0 with `megalodon.carry_state`, but is "
-            f"{config.attention_dropout}: attention to carried keys and values has none"
+            f"{config.attention_dropout}: attention to carried keys and values cannot drop any"
         )
 
 
@@ -161,5 +161,5 @@ def check_loading_of_carried_state(job_config: Any) -> None:
     if carries_state(job_config) and "train_state" in excluded and "dataloader" not in excluded:
         raise ValueError(
             "`checkpoint.exclude_from_loading` must not name train_state without dataloader with "
-            "`megalodon.carry_state`: rows would go on without the state of what they have read"
+            "`megalodon.carry_state`: rows would continue inside documents without the state of what came before"
         )

@@ -39,7 +39,7 @@ def load_checkpoint(
     if n_tokens > cfg.vocab_size:
         raise ValueError(
             f"the tokenizer must have at most the model's `vocab_size` = {cfg.vocab_size} tokens, but {name!r} has "
-            f"{n_tokens}: it is another model's"
+            f"{n_tokens}: it belongs to another model"
         )
     with torch.device("meta"):
         model = Megalodon(cfg)

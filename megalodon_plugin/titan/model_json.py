@@ -18,5 +18,5 @@ def write_model_json(job_config: Any, model_args: Any) -> None:
         old, new = json.loads(path.read_text())["model"], dataclasses.asdict(model_args.config)
         changes = [f"`{k}` {old.get(k)!r} -> {v!r}" for k, v in new.items() if old.get(k) != v]
         if changes:
-            logger.warning(f"The model's options differ from those that {path} had: {', '.join(changes)}")
+            logger.warning(f"The model's options differ from those in {path}, which is replaced: {', '.join(changes)}")
     write_content(path, model_args.config, job_config.model.hf_assets_path)

@@ -154,7 +154,7 @@ def _check_pipeline(job_config: Any, pp_schedule: Any) -> None:
         schedule = job_config.parallelism.pipeline_parallel_schedule
         raise ValueError(
             f'`validation.enable` must be false with `parallelism.pipeline_parallel_schedule` = "{schedule}", which '
-            "torch cannot run forward only; Interleaved1F1B and 1F1B can"
+            "PyTorch cannot run without a backward pass; it can run Interleaved1F1B and 1F1B"
         )
     for key in ("local_batch_size", "seq_len"):
         training, validation = (getattr(getattr(job_config, section), key) for section in ("training", "validation"))

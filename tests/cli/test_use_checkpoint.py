@@ -116,7 +116,7 @@ class TestGenerate:
         Tokenizer(WordLevel({str(i): i for i in range(300)}, unk_token="0")).save(str(tmp_path / "tokenizer.json"))
         message = fails("generate", checkpoint, "--prompt", "a", "--tokenizer", tmp_path)
         assert "at most the model's `vocab_size` = 258 tokens, but" in message
-        assert "has 300: it is another model's" in message
+        assert "has 300: it belongs to another model" in message
 
     def test_nan_in_the_weights_is_told(self, checkpoint, tmp_path):
         broken = read_checkpoint(checkpoint)

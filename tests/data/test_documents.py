@@ -113,7 +113,7 @@ def test_a_lane_continues_from_any_row(folder: Path) -> None:
 
 
 def test_fewer_files_than_rows_of_a_step_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"`megalodon\.carry_state` .* as many files as .* rows, 40, .* but is 1\d"):
+    with pytest.raises(ValueError, match=r"`megalodon\.carry_state` .* one file for each of the 40 .*, but has 1\d"):
         corpus_of(folder, n_lanes=40)
 
 

@@ -79,7 +79,7 @@ def test_paths_without_text_are_reported_by_key_rule_and_value(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"`validation.dataset_path` must .* does not exist"):
         find_text_files(str(tmp_path / "nowhere"), "validation.dataset_path")
     (tmp_path / "image.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"`training.dataset_path` must lead to files \.txt, .* has none"):
+    with pytest.raises(ValueError, match=r"`training.dataset_path` must name files \.txt, .* has none"):
         find_text_files(str(tmp_path))
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match="holds no text: 1 files, all of them empty"):

@@ -268,11 +268,11 @@ def test_where_nothing_fits_it_says_what_would(config: Path, capsys: pytest.Capt
     ("options", "message"),
     [
         (["--gpus", "0"], "`--gpus` must be positive, but is 0"),
-        (["--gpus", "12"], "`--gpus` must fill nodes of 8, but is 12"),
-        (["--gpus", "7"], "`--gpus` must be a number that some layout takes, but is 7:\n"),
+        (["--gpus", "12"], "`--gpus` must be a multiple of `--gpus-per-node` = 8, but is 12"),
+        (["--gpus", "7"], "`--gpus` must allow at least one layout, but 7 allows none:\n"),
         (["--gpus", "2", "--memory", "-1"], "`--memory` must be positive"),
         (["--gpus", "2", "--seq-len", "0"], "`--seq-len` must be at least 1"),
-        (["--gpus", "2", "--parallelism.tensor_parallel_degree=2"], "the degrees are what a plan chooses"),
+        (["--gpus", "2", "--parallelism.tensor_parallel_degree=2"], "because the plan chooses the degrees"),
         (["--gpus", "2", "--activation_checkpoint.mode", "memory_budget"], "must be none, full or selective"),
         (["--gpus", "2", "--training.enable_cpu_offload"], "`training.enable_cpu_offload` must be false"),
         (["--gpus", "2", "--model.flavor", "whale"], "`model.flavor` must be one of"),
@@ -286,4 +286,4 @@ def test_errors(config: Path, options: list[str], message: str, capsys: pytest.C
 
 def test_the_file_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status(tmp_path / "none.toml", "--gpus", 2) == 2
-    assert "must come first and exist" in capsys.readouterr().err
+    assert "the first argument must be a configuration file" in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_a_checkpoint_of_other_rows_ends_the_run(unbroken: Path, tmp_path: Path)
     (unbroken / "run").rename(tmp_path / "run")
     for options in (["--training.global_batch_size", "2"], ["--megalodon.no_carry_state"]):
         result = train(config, "--training.steps", "12", *options)
-        assert result.returncode != 0 and "where that is true, the rows of a step have changed" in result.stdout
+        assert result.returncode != 0 and "where that is true, the rows of a step. Set it back" in result.stdout
     result = train(config, "--training.steps", "12", "--megalodon.chunk_size", "8")
     assert result.returncode != 0
     assert re.search(r"must hold the state that the rows of .* `carried_float32_0` of shape", result.stdout)
@@ -283,7 +283,7 @@ def test_the_option_is_true_or_false(tmp_path: Path) -> None:
 
 
 def test_the_stock_entry_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`megalodon\.carry_state` must be false under the stock entry, .*cli\.train"):
+    with pytest.raises(ValueError, match=r"`megalodon\.carry_state` must be false when torchtitan's own .*cli\.train"):
         check(carrying_job(tmp_path), own_trainer=False)
 
 

@@ -111,7 +111,7 @@ def test_a_checkpoint_of_the_same_configuration_fits(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
     saved = saved_tensors(save(tmp_path / "step-1"))
     assert saved is not None
-    with pytest.raises(ValueError, match=f"step-1 is one of another configuration: {message}"):
+    with pytest.raises(ValueError, match=f"step-1 is of another model configuration: {message}"):
         check_fits(tmp_path / "step-1", saved, [model_of(dataclasses.replace(TINY, **changes))])
 
 
@@ -128,7 +128,7 @@ def test_a_folder_that_held_half_a_checkpoint_goes_so_that_the_initial_load_path
     job_config = read_job(write_job(tmp_path), "--checkpoint.initial_load_path", str(tmp_path / "seed"))
     folder = tmp_path / "run" / "checkpoint"
     steps(folder, complete=(), broken=(3,))
-    with pytest.raises(ValueError, match=r"`checkpoint\.initial_load_path` needs that .* does not exist yet"):
+    with pytest.raises(ValueError, match=r"with `checkpoint\.initial_load_path`, .* must not exist or"):
         checkpoint_to_load(job_config)
     remove_incomplete(folder)
     assert not folder.exists()

@@ -175,7 +175,10 @@ def unknown_name(job_config: Any) -> None:
     [
         (too_little_text, "must fill a batch on every rank, 10000 rows of 16 tokens, but holds"),
         (same_text_without_fraction, r"`data\.validation_fraction` must be above 0 .*`validation\.dataset_path`"),
-        (one_unit, r"`data\.validation_fraction` must leave text on both sides.*`validation\.dataset_path`"),
+        (
+            one_unit,
+            r"`data\.validation_fraction` must leave text for training and .*`validation\.dataset_path`",
+        ),
         (fraction_of_one, r"`data\.validation_fraction` must be in \[0, 1\), but is 1\.0"),
         (no_path, r"`validation\.dataset_path` must name files"),
         (no_rows, "`seq_len` must be at least 1, but is 0"),

@@ -125,7 +125,9 @@ def test_a_running_iterator_notices_a_loaded_state(folder: Path) -> None:
 def test_other_data_refuse_the_checkpoint(folder: Path) -> None:
     state = build(config(folder)).state_dict()
     other = build(config(folder, seed=1))
-    with pytest.raises(ValueError, match=r"checkpoint of other data: `data\.seed`.*checkpoint\.exclude_from_loading"):
+    with pytest.raises(
+        ValueError, match=r"must belong to the data of .*: `data\.seed`.*checkpoint\.exclude_from_loading"
+    ):
         other.load_state_dict(state)
     other.load_state_dict({})
     assert int(other.state_dict()["position"]) == 0

@@ -49,7 +49,7 @@ class _IndexUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if own or is_dtype or (module, name) in _INDEX_NAMES:
             return super().find_class(module, name)
-        raise ValueError(f"the index names {module}.{name}, which no index of a checkpoint does: it may hold code")
+        raise ValueError(f"the index names {module}.{name}, which is no part of a checkpoint: it may contain code")
 
 
 class TensorReader(FileSystemReader):
@@ -95,7 +95,7 @@ def read(folder: Path) -> tuple[MegalodonConfig, str | None, dict[str, Tensor]]:
             dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
     except CheckpointException as error:  # no Exception: it holds those of all ranks
         reason = "; ".join(f"{type(cause).__name__} {cause}" for cause, _ in error.failures.values())
-        raise ValueError(f"the checkpoint {folder} must be whole, but: {reason}") from error
+        raise ValueError(f"the checkpoint {folder} must be complete and readable, but: {reason}") from error
     return config, tokenizer, tensors
 
 

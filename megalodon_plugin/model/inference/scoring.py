@@ -93,7 +93,7 @@ def score_text(
         model: in eval mode.
         take: gives the next tokens of the text, (n,) int64, fewer than asked for at its end. The first
             `score.n_read` tokens have been taken already.
-        score: a new one, or one to go on with.
+        score: a new one, or one to continue.
         piece_tokens: inputs of one call.
         windowed_norm: see `norm_window`; pieces then are of two chunks.
 
@@ -140,7 +140,7 @@ def _read_piece(model: Megalodon, score: Score, inputs: Tensor, targets: Tensor,
 
 
 def score_tensors(score: Score) -> dict[str, Tensor]:
-    """What must be kept to go on with a score, as tensors; see `score_from`."""
+    """What must be kept to continue a score, as tensors; see `score_from`."""
     kept = {
         "sums": torch.tensor(score.sums, dtype=torch.float64),
         "counts": torch.tensor(score.counts, dtype=torch.int64),
