@@ -17,18 +17,9 @@ from megalodon_plugin.cli.main import main
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.precision import float32_parameters, lower_matrices
 
-SIZES = {
-    "vocab_size": 258,
-    "dim": 24,
-    "n_layers": 2,
-    "n_heads": 2,
-    "z_dim": 8,
-    "value_dim": 20,
-    "ffn_dim": 14,
-    "cema_ndim": 3,
-    "chunk_size": 8,
-    "norm_groups": 6,
-}
+from support.small_model import SIZES
+
+SIZES_OF_SHARDS = SIZES | {"vocab_size": 258, "dim": 24, "norm_groups": 6}
 MODELS = {
     "plain": {},
     "tied": {"tie_embedding": True, "scale_embedding": True},
@@ -39,7 +30,7 @@ MODELS = {
 
 
 def checkpoint_of(tokenizer="byte", dtype=torch.float32, **options):
-    model = Megalodon(MegalodonConfig(**SIZES | options))
+    model = Megalodon(MegalodonConfig(**SIZES_OF_SHARDS | options))
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,7 +12,7 @@ from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.attention import MegalodonAttention
 from megalodon_plugin.model.block import MegalodonBlock
 
-from support.small_model import SIZES
+from support.small_model import SIZES, small_model
 
 C, VOCABULARY = SIZES["chunk_size"], SIZES["vocab_size"]
 DROPOUTS = ("dropout", "hidden_dropout", "attention_dropout")
@@ -27,10 +27,6 @@ def initialised(module):
     with torch.no_grad():
         module.init_weights()
     return module
-
-
-def small_model(**changes):
-    return initialised(Megalodon(config(**changes)))
 
 
 def tokens_of(length, batch=2, seed=0):

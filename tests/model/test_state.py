@@ -7,18 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig, MegalodonState
+from megalodon_plugin.model import MegalodonState
 
-from support.small_model import SIZES
+from support.small_model import small_model
 
 C = 8
-
-
-def small_model(dtype=torch.float64, **changes):
-    model = Megalodon(MegalodonConfig(**{**SIZES, **changes}))
-    torch.manual_seed(5)
-    model.init_weights(buffer_device=None)
-    return model.to(dtype)
 
 
 def tokens_of(length, batch=2, seed=0):
@@ -42,7 +35,7 @@ def assert_same(first, second):
 @pytest.mark.parametrize("n_layers", [1, 11])
 def test_what_is_saved_is_loaded_bit_for_bit(n_layers, autocast, tmp_path):
     """Eleven layers: their names sort otherwise than their numbers do."""
-    model = small_model(torch.float32, n_layers=n_layers).eval()
+    model = small_model(n_layers=n_layers).eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         state = state_after(model, C + 3)
     path = tmp_path / "text.state"
@@ -56,7 +49,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(n_layers, autocast, tmp_path):
 
 
 def test_a_loaded_state_goes_on_where_the_saved_one_was(tmp_path):
-    model = small_model().eval()
+    model = small_model().double().eval()
     state = state_after(model, C + 3)
     state.save(str(tmp_path / "state"))
     with torch.no_grad():
@@ -66,7 +59,7 @@ def test_a_loaded_state_goes_on_where_the_saved_one_was(tmp_path):
 
 
 def test_saving_again_replaces_the_file_and_saves_states_that_carry_a_graph(tmp_path):
-    model, path = small_model(), tmp_path / "state"
+    model, path = small_model().double(), tmp_path / "state"
     state_after(model, 3).save(path)
     _, state = model(tokens_of(C + 3), return_state=True)
     assert state.layers[0].h.requires_grad
@@ -76,7 +69,7 @@ def test_saving_again_replaces_the_file_and_saves_states_that_carry_a_graph(tmp_
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    model, path = small_model(), tmp_path / "state"
+    model, path = small_model().double(), tmp_path / "state"
     state = state_after(model, 3)
     state.save(path)
 
@@ -93,7 +86,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("missing", ["position", "norm.mean", "layers.0.h", "layers.1.norm.count", "layers."])
 def test_a_file_that_lacks_a_tensor_is_refused(missing, tmp_path):
     path = tmp_path / "state"
-    state_after(small_model(), 3).save(path)
+    state_after(small_model().double(), 3).save(path)
     save_file({name: t for name, t in load_file(path).items() if not name.startswith(missing)}, path)
     with pytest.raises(ValueError, match=re.escape(f"{path} does not hold the state of a Megalodon")):
         MegalodonState.load(path)
@@ -101,7 +94,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(missing, tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "weights"
-    save_file(small_model().state_dict(), path)
+    save_file(small_model().double().state_dict(), path)
     with pytest.raises(ValueError, match=re.escape(f"{path} does not hold the state of a Megalodon")):
         MegalodonState.load(path)
 
@@ -114,7 +107,7 @@ def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path):
 
 
 def test_shapes_do_not_depend_on_how_much_was_read():
-    model = small_model(torch.float32)
+    model = small_model()
     want = [(t.shape, t.dtype) for t in pytree.tree_leaves(model.empty_state(2))]
     for length in (1, C - 1, C, C + 1, 3 * C + 2):
         assert [(t.shape, t.dtype) for t in pytree.tree_leaves(state_after(model, length))] == want
@@ -122,7 +115,7 @@ def test_shapes_do_not_depend_on_how_much_was_read():
 
 @pytest.mark.parametrize("length", [1, C, 2 * C + 3])
 def test_the_empty_state_is_the_start(length):
-    model = small_model().eval()
+    model = small_model().double().eval()
     with torch.no_grad():
         want = model(tokens_of(length), return_state=True)
         got = model(tokens_of(length), state=model.empty_state(2), return_state=True)
@@ -132,7 +125,7 @@ def test_the_empty_state_is_the_start(length):
 
 @pytest.mark.parametrize("rows", [[1, 1, 0], [2], [2, 0, 1], torch.tensor([0, 2, 2, 1])], ids=str)
 def test_selected_rows_go_on_as_themselves(rows):
-    model = small_model().eval()
+    model = small_model().double().eval()
     state, more = state_after(model, C + 3, batch=3), tokens_of(C + 2, batch=3, seed=1)
     with torch.no_grad():
         want, after = model(more, state=state, return_state=True)
@@ -143,7 +136,7 @@ def test_selected_rows_go_on_as_themselves(rows):
 
 
 def test_to_moves_every_tensor_and_keeps_dtypes():
-    state = state_after(small_model(torch.float32), 3)
+    state = state_after(small_model(), 3)
     moved = state.to("meta")
     assert isinstance(moved, MegalodonState)
     for a, b in zip(pytree.tree_leaves(moved), pytree.tree_leaves(state), strict=True):
@@ -151,7 +144,7 @@ def test_to_moves_every_tensor_and_keeps_dtypes():
 
 
 def test_detach_cuts_the_graph():
-    _, state = small_model()(tokens_of(C + 3), return_state=True)
+    _, state = small_model().double()(tokens_of(C + 3), return_state=True)
     floating = [t for t in pytree.tree_leaves(state) if t.is_floating_point()]
     assert all(t.requires_grad for t in floating)
     assert not any(t.requires_grad for t in pytree.tree_leaves(state.detach()))
@@ -161,7 +154,7 @@ def test_detach_cuts_the_graph():
 @pytest.mark.parametrize("part", ["norm", "h", "k", "v", "final_norm"])
 def test_every_part_of_the_state_carries_a_gradient_to_earlier_tokens(part):
     """All parts but one are detached; what reaches the embedding of the first piece's tokens came through that one."""
-    model = small_model()
+    model = small_model().double()
     early, late = torch.full((1, 3), 3), torch.full((1, 2), 7)
     _, state = model(early, return_state=True)
     cut = state.detach()
@@ -178,7 +171,7 @@ def test_every_part_of_the_state_carries_a_gradient_to_earlier_tokens(part):
 
 
 def test_no_gradient_reaches_earlier_tokens_through_a_detached_state():
-    model = small_model()
+    model = small_model().double()
     early, late = torch.full((1, 3), 3), torch.full((1, 2), 7)
     _, state = model(early, return_state=True)
     logits, _ = model(late, state=state.detach(), return_state=True)
@@ -189,7 +182,7 @@ def test_no_gradient_reaches_earlier_tokens_through_a_detached_state():
 
 
 def test_decoding_under_inference_mode():
-    model, text = small_model().eval(), tokens_of(2 * C + 1)
+    model, text = small_model().double().eval(), tokens_of(2 * C + 1)
     with torch.inference_mode():
         want = model(text)
         logits, state = model(text[:, :3], return_state=True)
@@ -232,7 +225,7 @@ def with_layer(state, i, **fields):
     ],
 )
 def test_a_state_of_another_model_is_refused(change, message):
-    model = small_model()
+    model = small_model().double()
     state = state_after(model, 3)
     model(tokens_of(2), state=state, return_state=True)
     with pytest.raises(ValueError, match=re.escape(message)):

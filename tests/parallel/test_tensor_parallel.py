@@ -21,19 +21,8 @@ from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.parallel.tensor_plan import LAYER_PLAN, apply_tensor_parallel
 
 from support.ranks import run_on_ranks
+from support.small_model import SIZES_OF_FOUR_RANKS
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 31,  # no degree divides it
-    "dim": 16,
-    "n_layers": 2,
-    "n_heads": 4,
-    "z_dim": 16,
-    "value_dim": 24,
-    "ffn_dim": 20,
-    "cema_ndim": 3,
-    "chunk_size": 8,
-    "norm_groups": 4,
-}
 RICH: dict[str, Any] = {"swiglu": True, "rescale_ffn": True, "tie_embedding": True, "scale_embedding": True}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -48,7 +37,7 @@ BATCH, LENGTH = 2, 21
 def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> Megalodon:
     """A model none of whose parameters is at a special value; the same on every rank."""
     torch.manual_seed(0)
-    model = Megalodon(MegalodonConfig(**SIZES | options))
+    model = Megalodon(MegalodonConfig(**SIZES_OF_FOUR_RANKS | options))
     model.init_weights()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,7 +45,7 @@ def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> Megalodon:
     return model.to(dtype)
 
 
-def make_batch(vocab_size: int = SIZES["vocab_size"]) -> tuple[Tensor, Tensor]:
+def make_batch(vocab_size: int = SIZES_OF_FOUR_RANKS["vocab_size"]) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -132,7 +121,7 @@ def test_two_ranks_compute_what_one_process_does(trained: Any, name: str, on_par
 def train_sharded_on_ranks() -> dict[str, Any]:
     """2 x 2 ranks, FSDP over tensor parallelism, from the meta device on; the model alone gets the same weights."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-    cfg = MegalodonConfig(**SIZES | RICH | {"tie_embedding": False})
+    cfg = MegalodonConfig(**SIZES_OF_FOUR_RANKS | RICH | {"tie_embedding": False})
     with torch.device("meta"):
         model = Megalodon(cfg)
     apply_tensor_parallel(model, mesh["tp"], loss_parallel=True)
@@ -154,7 +143,7 @@ def train_sharded_on_ranks() -> dict[str, Any]:
 def test_sharded_over_tensor_parallel_ranks() -> None:
     """Initialisation on two dimensions of ranks, and training that equals one process's."""
     results = run_on_ranks(4, train_sharded_on_ranks)
-    expected = Megalodon(MegalodonConfig(**SIZES)).double()
+    expected = Megalodon(MegalodonConfig(**SIZES_OF_FOUR_RANKS)).double()
     expected.init_weights()
     theta = "layers.1.attention.cema.theta"
     for of_rank in results:
@@ -248,8 +237,8 @@ def test_a_block_exchanges_what_the_plan_says(four_ranks: DeviceMesh, norm_affin
     for module in block.modules():
         if isinstance(module, nn.Linear):
             module.bfloat16()  # as under mixed precision: matrices and activations, not norms and CEMA
-    whole = BATCH * LENGTH * SIZES["dim"]
-    x = torch.randn(BATCH, LENGTH, SIZES["dim"] // 4, dtype=torch.bfloat16, requires_grad=True)
+    whole = BATCH * LENGTH * SIZES_OF_FOUR_RANKS["dim"]
+    x = torch.randn(BATCH, LENGTH, SIZES_OF_FOUR_RANKS["dim"] // 4, dtype=torch.bfloat16, requires_grad=True)
     with Exchanges() as forward:
         y = block(x)
     with Exchanges() as backward:
@@ -257,7 +246,7 @@ def test_a_block_exchanges_what_the_plan_says(four_ranks: DeviceMesh, norm_affin
     assert y.shape == x.shape and y.dtype == x.dtype
     gather = ("all_gather_into_tensor", whole // 4, torch.bfloat16)
     reduce_scatter = ("reduce_scatter_tensor", whole, torch.bfloat16)
-    all_reduce = ("all_reduce", SIZES["dim"], torch.float32)
+    all_reduce = ("all_reduce", SIZES_OF_FOUR_RANKS["dim"], torch.float32)
     assert forward.counts == Counter({gather: 3, reduce_scatter: 2})
     assert backward.counts == Counter({gather: 2, reduce_scatter: 3} | ({all_reduce: 3} if norm_affine else {}))
 
@@ -268,8 +257,8 @@ def test_what_the_ends_of_the_model_exchange(four_ranks: DeviceMesh, tied: bool)
     apply_tensor_parallel(model, four_ranks, loss_parallel=True)
     with Exchanges() as embedding:
         x = model.tok_embeddings(make_batch()[0])
-    assert x.shape == (BATCH, LENGTH, SIZES["dim"] // 4)
-    whole = BATCH * LENGTH * SIZES["dim"]
+    assert x.shape == (BATCH, LENGTH, SIZES_OF_FOUR_RANKS["dim"] // 4)
+    whole = BATCH * LENGTH * SIZES_OF_FOUR_RANKS["dim"]
     assert embedding.counts == (Counter({("reduce_scatter_tensor", whole, torch.float32): 1}) if tied else Counter())
     with Exchanges() as output:
         model.output(x)
@@ -277,14 +266,14 @@ def test_what_the_ends_of_the_model_exchange(four_ranks: DeviceMesh, tied: bool)
 
 
 def test_pipeline_stages_without_ends(four_ranks: DeviceMesh) -> None:
-    x = torch.randn(BATCH, LENGTH, SIZES["dim"] // 4)
+    x = torch.randn(BATCH, LENGTH, SIZES_OF_FOUR_RANKS["dim"] // 4)
     middle, last = make_model(torch.float32), make_model(torch.float32)
     middle.tok_embeddings = middle.norm = middle.output = last.tok_embeddings = None  # type: ignore[assignment]
     del middle.layers["0"], last.layers["0"]
     for stage in (middle, last):
         apply_tensor_parallel(stage, four_ranks, loss_parallel=False)
     assert middle(x).shape == x.shape
-    assert last(x).shape == (BATCH, LENGTH, SIZES["vocab_size"])
+    assert last(x).shape == (BATCH, LENGTH, SIZES_OF_FOUR_RANKS["vocab_size"])
 
 
 def test_the_plan_names_modules_of_a_layer() -> None:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig
+from megalodon_plugin.model import Megalodon
 from megalodon_plugin.model.state import MegalodonState
 from megalodon_plugin.titan import job_rules
 from megalodon_plugin.titan.carried_state import CarriedStates
@@ -23,6 +23,7 @@ from megalodon_plugin.titan.model_args import Flavors
 from megalodon_plugin.titan.tokenizer import ByteTokenizer
 
 from support.ranks import run_on_ranks
+from support.small_model import small_model
 from support.tiny_job import losses_and_norms, read_job, read_records, train, train_and_kill, train_well, write_job
 
 MEAN, LONGEST, FILLED = (f"carried_context/{name}" for name in ("mean(tokens)", "longest(tokens)", "filled(%)"))
@@ -159,27 +160,6 @@ def test_validation_carries_nothing(tmp_path: Path) -> None:
     train_well(config, "--training.steps", "4", "--checkpoint.no_enable")
     losses = [record["validation_metrics/loss"] for record in read_records(tmp_path / "run", "validation")]
     assert len(losses) == 3 and len(set(losses)) == 1
-
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 31,
-    "dim": 16,
-    "n_layers": 2,
-    "n_heads": 2,
-    "z_dim": 8,
-    "value_dim": 24,
-    "ffn_dim": 20,
-    "cema_ndim": 3,
-    "chunk_size": 8,
-    "norm_groups": 4,
-}
-
-
-def small_model() -> Megalodon:
-    torch.manual_seed(0)
-    model = Megalodon(MegalodonConfig(**SIZES))
-    model.init_weights()
-    return model
 
 
 def tokens_of(batch: int, length: int) -> Tensor:

@@ -13,20 +13,8 @@ from torch.distributed.tensor import DTensor
 from megalodon_plugin.model import Megalodon, MegalodonConfig
 
 from support.ranks import run_on_ranks
+from support.small_model import SIZES_OF_FOUR_RANKS
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 31,
-    "dim": 16,
-    "n_layers": 2,
-    "n_heads": 2,
-    "z_dim": 8,
-    "value_dim": 24,
-    "ffn_dim": 20,
-    "cema_ndim": 3,
-    "chunk_size": 8,
-    "norm_groups": 4,
-    "rescale_ffn": True,
-}
 FLOAT32 = ("timestep_norm.", "cema.", "rms_norm.", "qk.", "feed_forward.norm.")
 HOW = ("eager", "compiled", "tied")
 BELOW_BFLOAT16 = 0.9 * 2.0**-8  # added to a bfloat16 number between 1 and 2, it is rounded away
@@ -40,7 +28,7 @@ def sharded_model(how: str) -> nn.Module:
     from megalodon_plugin.titan.fsdp import shard_model
 
     torch.manual_seed(0)
-    model = Megalodon(MegalodonConfig(**SIZES, tie_embedding=how == "tied"))
+    model = Megalodon(MegalodonConfig(**SIZES_OF_FOUR_RANKS, rescale_ffn=True, tie_embedding=how == "tied"))
     model.init_weights()
     with torch.no_grad():
         for parameter in model.parameters():

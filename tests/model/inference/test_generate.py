@@ -5,18 +5,11 @@ import re
 import pytest
 import torch
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
+from megalodon_plugin.model import generate
 
-from support.small_model import SIZES
+from support.small_model import small_model
 
 C = 8
-
-
-def small_model():
-    model = Megalodon(MegalodonConfig(**SIZES))
-    torch.manual_seed(5)
-    model.init_weights(buffer_device=None)
-    return model.double().eval()
 
 
 def prompt_of(length, batch=2):
@@ -33,7 +26,7 @@ def seeded(seed):
 
 @pytest.mark.parametrize("length", [1, C - 1, C, 2 * C + 3])
 def test_greedy_generation_is_the_likeliest_token_of_full_passes(length):
-    model = small_model()
+    model = small_model().double().eval()
     text = prompt_of(length)
     new = generated(model, text, C + 2, temperature=0)
     assert new.shape == (2, C + 2)
@@ -49,21 +42,21 @@ def test_greedy_generation_is_the_likeliest_token_of_full_passes(length):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("prefill", [1, 3, C, C + 1, 100])
 def test_the_length_of_the_pieces_that_the_prompt_is_read_in_does_not_matter(prefill, temperature):
-    model, prompt = small_model(), prompt_of(2 * C + 3)
+    model, prompt = small_model().double().eval(), prompt_of(2 * C + 3)
     whole = generated(model, prompt, 9, temperature=temperature, generator=seeded(1))
     pieces = generated(model, prompt, 9, temperature=temperature, generator=seeded(1), prefill_tokens=prefill)
     assert torch.equal(whole, pieces)
 
 
 def test_one_seed_gives_one_text_and_another_seed_another():
-    model, prompt = small_model(), prompt_of(5)
+    model, prompt = small_model().double().eval(), prompt_of(5)
     first, again, other = (generated(model, prompt, 20, generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_without_a_generator_the_global_seed_decides():
-    model, prompt = small_model(), prompt_of(5)
+    model, prompt = small_model().double().eval(), prompt_of(5)
     texts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -73,7 +66,7 @@ def test_without_a_generator_the_global_seed_decides():
 
 
 def test_rows_are_texts_of_their_own():
-    model, prompt = small_model(), prompt_of(C + 1, batch=3)
+    model, prompt = small_model().double().eval(), prompt_of(C + 1, batch=3)
     together = generated(model, prompt, 10, temperature=0)
     for b in range(3):
         assert torch.equal(together[b : b + 1], generated(model, prompt[b : b + 1], 10, temperature=0))
@@ -83,7 +76,7 @@ def test_rows_are_texts_of_their_own():
 def test_sampling_follows_the_tempered_distribution():
     """Counts of 4,000 first tokens against softmax(logits / temperature): a chi-square statistic of 30 degrees of
     freedom exceeds 60 once in 1,000 times, and the seed is fixed."""
-    model, prompt, temperature, rows = small_model(), prompt_of(4, batch=1), 0.5, 4000
+    model, prompt, temperature, rows = small_model().double().eval(), prompt_of(4, batch=1), 0.5, 4000
     with torch.no_grad():
         want = rows * (model(prompt)[0, -1] / temperature).softmax(-1)
     tokens = generated(model, prompt.expand(rows, -1), 1, temperature=temperature, generator=seeded(3))
@@ -92,13 +85,13 @@ def test_sampling_follows_the_tempered_distribution():
 
 
 def test_a_very_low_temperature_is_greedy():
-    model, prompt = small_model(), prompt_of(5)
+    model, prompt = small_model().double().eval(), prompt_of(5)
     cold = generated(model, prompt, 12, temperature=1e-6, generator=seeded(0))
     assert torch.equal(cold, generated(model, prompt, 12, temperature=0))
 
 
 def test_it_yields_as_many_tokens_as_asked_for_one_at_a_time():
-    model, prompt = small_model(), prompt_of(3)
+    model, prompt = small_model().double().eval(), prompt_of(3)
     assert list(generate(model, prompt, 0)) == []
     tokens = generate(model, prompt, 10**9, temperature=0)
     assert next(tokens).shape == (2,)  # the rest is never computed
@@ -115,9 +108,9 @@ def test_it_yields_as_many_tokens_as_asked_for_one_at_a_time():
 )
 def test_errors(prompt, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        next(generate(small_model(), prompt, 1, **options))
+        next(generate(small_model().double().eval(), prompt, 1, **options))
 
 
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=re.escape("must be in eval mode to generate; call `model.eval()`")):
-        next(generate(small_model().train(), prompt_of(3), 1))
+        next(generate(small_model().double().eval().train(), prompt_of(3), 1))

@@ -6,24 +6,23 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig, generate
+from megalodon_plugin.model import generate
 from megalodon_plugin.model.inference.decode import Decoder
 from megalodon_plugin.model.inference.generate import ENDED, Decoding, continue_from
 from megalodon_plugin.model.inference.prefill import Prefilled, prefill
 from megalodon_plugin.model.inference.sampling import Sampling
 from megalodon_plugin.model.precision import float32_parameters, lower_matrices
 
-from support.small_model import SIZES
+from support.small_model import small_model
 
 C = 8
 LENGTHS = (1, C - 1, 2 * C + 3, C - 1, 3 * C)
 
 
-def small_model(seed=5, **options):
-    model = Megalodon(MegalodonConfig(**SIZES | options))
-    torch.manual_seed(seed)
-    model.init_weights()
-    with torch.no_grad():  # everything that starts at 0 takes part
+def stirred_model(seed=5, **options):
+    """In which everything that starts at 0 takes part."""
+    model = small_model(seed, **options)
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
     return model.double().eval()
@@ -41,7 +40,7 @@ def assert_same(a, b, tolerance=1e-10):
 
 @pytest.mark.parametrize("piece", [None, 1, 3, C, C + 1])
 def test_prompts_of_different_lengths_are_read_as_if_alone(piece):
-    model, rows = small_model(), rows_of()
+    model, rows = stirred_model(), rows_of()
     told = []
     prefilled = prefill(model, rows, piece_tokens=piece, progress=told.append)
     assert told[-1] == sum(LENGTHS)
@@ -54,14 +53,14 @@ def test_prompts_of_different_lengths_are_read_as_if_alone(piece):
 
 
 def test_rows_that_begin_at_different_positions_are_read_on_and_empty_ones_stay():
-    model, first, then = small_model(), rows_of(), rows_of((5, 0, 2, 2 * C, 1))
+    model, first, then = stirred_model(), rows_of(), rows_of((5, 0, 2, 2 * C, 1))
     prefilled = prefill(model, then, after=prefill(model, first))
     whole = prefill(model, [torch.cat(pair) for pair in zip(first, then, strict=True)])
     assert_same((prefilled.state, prefilled.logits), (whole.state, whole.logits))
 
 
 def test_steps_in_place_give_the_logits_of_the_full_pass_while_rows_cross_chunks_at_their_own_times():
-    model, rows = small_model(), rows_of()
+    model, rows = stirred_model(), rows_of()
     prefilled, steps = prefill(model, rows), 2 * C + 1
     new = torch.randint(31, (len(rows), steps), generator=torch.Generator().manual_seed(2))
     decoder = Decoder(model, prefilled.state.map(torch.clone))
@@ -74,7 +73,7 @@ def test_steps_in_place_give_the_logits_of_the_full_pass_while_rows_cross_chunks
 
 
 def test_a_step_writes_the_given_memory():
-    model = small_model()
+    model = stirred_model()
     state = prefill(model, rows_of()).state
     before = [t.data_ptr() for t in pytree.tree_leaves(state)]
     with torch.no_grad():
@@ -84,7 +83,7 @@ def test_a_step_writes_the_given_memory():
 
 
 def test_generation_of_rows_of_different_lengths_is_that_of_each_row_alone():
-    model, rows = small_model(), rows_of()
+    model, rows = stirred_model(), rows_of()
     together = torch.stack(list(generate(model, rows, 2 * C, temperature=0)), 1)
     for b, row in enumerate(rows):
         alone = torch.stack(list(generate(model, row.unsqueeze(0), 2 * C, temperature=0)), 1)
@@ -93,7 +92,7 @@ def test_generation_of_rows_of_different_lengths_is_that_of_each_row_alone():
 
 
 def test_a_prefilled_prompt_is_not_changed_by_what_is_generated_from_it():
-    model = small_model()
+    model = stirred_model()
     prefilled = prefill(model, rows_of())
     first, again = (
         torch.stack(list(continue_from(model, prefilled, Decoding(C + 2, Sampling(temperature=0))))) for _ in range(2)
@@ -102,7 +101,7 @@ def test_a_prefilled_prompt_is_not_changed_by_what_is_generated_from_it():
 
 
 def test_stop_tokens_end_rows_one_by_one_and_then_all():
-    model, rows = small_model(), rows_of()
+    model, rows = stirred_model(), rows_of()
     free = torch.stack(list(generate(model, rows, 12, temperature=0)), 1)
     stops = {int(free[0, 2]), int(free[1, 5])}
     stopped = torch.stack(list(generate(model, rows, 12, temperature=0, stop_tokens=stops)), 1)
@@ -161,7 +160,7 @@ class TestSampling:
 
 class TestFiles:
     def test_generation_goes_on_from_a_file_as_without_a_break(self, tmp_path):
-        model, rows = small_model(), rows_of()
+        model, rows = stirred_model(), rows_of()
         prefilled = prefill(model, rows)
         prefilled.save(tmp_path / "state", model)
         loaded = Prefilled.load(tmp_path / "state", model)
@@ -173,22 +172,22 @@ class TestFiles:
         assert torch.equal(*texts)
 
     def test_a_state_of_other_weights_or_another_configuration_is_refused(self, tmp_path):
-        model = small_model()
+        model = stirred_model()
         prefill(model, rows_of()).save(tmp_path / "state", model)
         with pytest.raises(ValueError, match="but was written by one with other weights"):
-            Prefilled.load(tmp_path / "state", small_model(seed=6))
+            Prefilled.load(tmp_path / "state", stirred_model(seed=6))
         with pytest.raises(ValueError, match=re.escape("must have shape (5, 16, 2, 4), but has (5, 8, 2, 4)")):
-            Prefilled.load(tmp_path / "state", small_model(chunk_size=16))
+            Prefilled.load(tmp_path / "state", stirred_model(chunk_size=16))
         with pytest.raises(ValueError, match="other weights"):
-            Prefilled.load(tmp_path / "state", small_model(rope_theta=500.0))
+            Prefilled.load(tmp_path / "state", stirred_model(rope_theta=500.0))
 
     def test_lower_matrices_leave_the_mark_as_it_is(self, tmp_path):
-        model = small_model().float()
+        model = stirred_model().float()
         prefill(model, rows_of()).save(tmp_path / "state", model)
         Prefilled.load(tmp_path / "state", lower_matrices(model, torch.bfloat16))
 
     def test_broken_files_are_refused(self, tmp_path):
-        model = small_model()
+        model = stirred_model()
         prefill(model, rows_of()).save(tmp_path / "state", model)
         content = (tmp_path / "state").read_bytes()
         (tmp_path / "half").write_bytes(content[: len(content) // 2])
@@ -203,7 +202,7 @@ class TestFiles:
 
 class TestErrors:
     def test_prompts(self):
-        model = small_model()
+        model = stirred_model()
         with pytest.raises(ValueError, match=re.escape("tokens must lie in [0, `vocab_size` = 31), but are 3 to 31")):
             prefill(model, [torch.tensor([3, 31])])
         with pytest.raises(ValueError, match="must have shape"):
@@ -214,7 +213,7 @@ class TestErrors:
             prefill(model, rows_of(), piece_tokens=0)
 
     def test_nan_in_the_weights(self):
-        model = small_model()
+        model = stirred_model()
         with torch.no_grad():
             model.output.weight[3, 0] = float("nan")
         with pytest.raises(ValueError, match="must be finite, but are not: the weights may hold NaN"):
@@ -223,7 +222,7 @@ class TestErrors:
 
 class TestPrecision:
     def test_only_matrices_are_lowered(self):
-        model = lower_matrices(small_model().float(), torch.bfloat16)
+        model = lower_matrices(stirred_model().float(), torch.bfloat16)
         kept = float32_parameters(model)
         assert {p.dtype for p in kept} == {torch.float32}
         assert {p.dtype for p in model.parameters() if p not in kept} == {torch.bfloat16}
@@ -231,7 +230,7 @@ class TestPrecision:
 
     def test_decoding_in_bfloat16_stays_with_the_full_pass(self):
         """Both round; what is compared is as far from the float64 truth as the full pass is, within a factor."""
-        truth, low = small_model(), lower_matrices(small_model().float(), torch.bfloat16)
+        truth, low = stirred_model(), lower_matrices(stirred_model().float(), torch.bfloat16)
         text = torch.randint(31, (2, 3 * C), generator=torch.Generator().manual_seed(4))
         decoder = Decoder(low, prefill(low, text[:, :3]).state)
         steps = torch.stack([decoder.step(token) for token in text[:, 3:].unbind(1)], 1)
@@ -242,4 +241,4 @@ class TestPrecision:
 
     def test_float16_is_refused(self):
         with pytest.raises(ValueError, match=r"`dtype` must be float32 or bfloat16, but is torch\.float16"):
-            lower_matrices(small_model(), torch.float16)
+            lower_matrices(stirred_model(), torch.float16)

@@ -6,22 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megalodon_plugin.model import Megalodon, MegalodonConfig
 from megalodon_plugin.model.inference.norm_window import NormWindow, statistics_of_piece
 from megalodon_plugin.model.inference.scoring import Score, score_from, score_tensors, score_text, token_losses
 from megalodon_plugin.ops import NormState
 from megalodon_plugin.ops.timestep_norm import merge_norm_states
 
-from support.small_model import SIZES
+from support.small_model import small_model
 
 C = 8
-
-
-def small_model():
-    model = Megalodon(MegalodonConfig(**SIZES))
-    torch.manual_seed(5)
-    model.init_weights()
-    return model.double().eval()
 
 
 class Text:
@@ -57,7 +49,7 @@ def by_hand(model, length, context):
 @pytest.mark.parametrize("piece", [1, 7, C, 33, 1000])
 @pytest.mark.parametrize("context", [1, 5, 2 * C, 57, 200])
 def test_every_token_but_the_first_is_scored_once_with_what_its_window_shows(context, piece):
-    model, length = small_model(), 201
+    model, length = small_model().double().eval(), 201
     score = scored(model, length, context, piece)
     losses, seen = by_hand(model, length, context)
     assert score.n_read == sum(score.counts) == length - 1
@@ -69,7 +61,7 @@ def test_every_token_but_the_first_is_scored_once_with_what_its_window_shows(con
 
 
 def test_logits_exist_for_a_slice_at_a_time():
-    model, length = small_model(), 50
+    model, length = small_model().double().eval(), 50
     features = model.features(Text(length).tokens.view(2, -1))
     targets = torch.randint(31, (2, 25))
     sizes = []
@@ -81,7 +73,7 @@ def test_logits_exist_for_a_slice_at_a_time():
 
 @pytest.mark.parametrize("windowed_norm", [False, True])
 def test_a_score_that_was_put_down_anywhere_goes_on_to_the_last_bit(windowed_norm):
-    model, context, piece = small_model(), 13 * C + 3, C
+    model, context, piece = small_model().double().eval(), 13 * C + 3, C
     length = 2 * context + 20
     whole = scored(model, length, context, piece, windowed_norm=windowed_norm)
     n_pieces = sum(1 for _ in score_text(model, Text(length).take, Score(context), piece, windowed_norm))
@@ -99,7 +91,7 @@ def test_a_score_that_was_put_down_anywhere_goes_on_to_the_last_bit(windowed_nor
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_place():
-    model = small_model()
+    model = small_model().double().eval()
     with torch.no_grad():
         model.output.weight[3] = float("nan")
     with pytest.raises(ValueError, match="losses must be finite, but one is not at context 16, position 0 of a window"):
@@ -122,7 +114,7 @@ class TestWindowedNorm:
 
     def test_norms_look_back_over_three_pieces_from_eight_chunks_on(self):
         """An oracle that keeps what went into every norm and counts it anew."""
-        model, inputs = small_model(), {}
+        model, inputs = small_model().double().eval(), {}
         norms = [*(layer.attention.timestep_norm for layer in model.layers.values()), model.norm]
         for i, norm in enumerate(norms):
             norm.register_forward_pre_hook(lambda module, args, i=i: inputs.setdefault(i, []).append(args[0]))
@@ -140,7 +132,7 @@ class TestWindowedNorm:
             torch.testing.assert_close([layer.h for layer in state.layers], [layer.h for layer in after.layers])
 
     def test_it_changes_long_windows_only(self):
-        model = small_model()
+        model = small_model().double().eval()
         plain, windowed = (scored(model, 20 * C, 20 * C - 1, 2 * C, windowed_norm=w) for w in (False, True))
         assert plain.sums[:6] == windowed.sums[:6]  # up to position 63 of 8 chunks
         assert plain.sums[7] != windowed.sums[7]
