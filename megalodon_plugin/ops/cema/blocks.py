@@ -1,17 +1,9 @@
 """CEMA by blocks: matrix products over blocks of T steps and a scan over the blocks.
 
-Per channel four small tables follow from the coefficients p (input), q (transition), g (output), each complex (N,):
-
-    k_l     = Re sum_n p g q^l       l < T     what happens inside a block (plus omega at l = 0)
-    C_{n,t} = g q^{t+1}                        what an incoming state adds to step t
-    S_{n,t} = p q^{T-1-t}                      what step t leaves in the outgoing state
-    A_n     = q^T                              what is left of the incoming state
-
-Forward, block b:   y = Toeplitz(k) x_b + Re sum_n C_n h_b,      h_{b+1} = A h_b + S x_b.
-Backward, with lam_b the gradient of the state that leaves block b (the last one is the gradient of the returned
-state):   lam_{b-1} = conj(A) lam_b + sum_t conj(C_t) dy_t,   dx = Toeplitz(k)^T dy + Re(conj(S) lam_b),
-dk_l = the l-th diagonal's sum of sum_b x_b dy_b^T,   dC = sum dy_t conj(h_b),   dS = sum lam_b x_t,
-dA = sum lam_b conj(h_b).
+kernels/README.md (section CEMA) derives it for this code and for the kernels alike: the tables k, C, S and A of a
+channel's coefficients p, q and g, what they make of a block and of the state before it, and all gradients. Names are
+the same, but `lam` is the gradient of the state that leaves a block, of which l there is the conjugate, and the other
+gradients of complex numbers are not conjugated here either.
 
 Conjugates are physical: inside a custom op that a compiled graph calls, torch does not resolve a lazy conjugate, and
 exp or a product then reads the number unconjugated.
@@ -160,7 +152,7 @@ def table_grads(c: Coefficients, t: Tables, d_toeplitz: Tensor, d_out: Tensor, d
 def scan(u: Tensor, log_a: Tensor) -> Tensor:
     """s_b = A s_{b-1} + u_b with s_{-1} = 0, over dimension -2, by pairs: work O(blocks), depth O(log blocks).
 
-    u complex (D, B, blocks, N); log_a = log A, complex128 (D, N), from which every A^(2^j) is made afresh, so that
+    u complex (D, B, blocks, N); log_a = log A, complex128 (D, N), from which every A^(2^j) is computed, so that
     squaring does not pile up rounding.
     """
     blocks = u.shape[-2]
