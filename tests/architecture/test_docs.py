@@ -21,12 +21,22 @@ def blocks(page: Path, language: str) -> list[str]:
     return [code for found, code in BLOCK.findall(page.read_text()) if found == language]
 
 
-def test_readme_example_runs() -> None:
-    (code,) = blocks(ROOT / "README.md", "python")
+def run_example(page: str) -> dict:
+    """The names that the page's Python example leaves."""
+    (code,) = blocks(ROOT / page, "python")
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, page, "exec"), names)
+    return names
+
+
+def test_readme_example_runs() -> None:
+    names = run_example("README.md")
     assert names["logits"].shape == (1, 300, 32000)
     assert names["state"].position.tolist() == [1000]
+
+
+def test_example_of_decoding_runs() -> None:
+    assert run_example("docs/inference.md")["tokens"].shape == (2,)
 
 
 def test_links_lead_somewhere() -> None:
