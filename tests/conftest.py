@@ -13,7 +13,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 # Their single tests take longest. They come first, so that no process is left with one when the others have none.
-LONGEST = ("titan/test_layouts.py", "bench/test_parallel_launch.py", "bench/test_parallel.py")
+LONGEST = ("titan/test_layouts.py", "bench/test_parallel_launch.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
