@@ -9,6 +9,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Inductor compiles in the process itself: a pool of compilers would take longer to start than the tests' graphs take.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# For the CPU, Inductor writes loops without vector instructions: the same graphs, in half of the C++ compiler's time.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
+# Their single tests take longest. They come first, so that no process is left with one when the others have none.
+LONGEST = ("titan/test_layouts.py", "bench/test_parallel_launch.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

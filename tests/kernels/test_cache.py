@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megalodon_plugin.kernels import cache, compiler
 
@@ -133,21 +134,35 @@ def test_what_fails_leaves_nothing(entries: Path) -> None:
     assert cache.get_or_make(KEY, lambda: b"code") == b"code"
 
 
-def _make_slowly(log: str) -> bytes:
+def _make_while_the_others_ask(log: str) -> bytes:
+    """The entry. Making it ends when every other rank has been refused the lock, or makes it too."""
+    import fcntl
+
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    flock = fcntl.flock
+
+    def tell_of_refusal(*arguments: int) -> None:
+        try:
+            flock(*arguments)
+        except BlockingIOError:
+            store.set(f"asked {rank}", "")
+            raise
+
     def make() -> bytes:
         with open(log, "a") as file:
             file.write("made\n")
-        import time
-
-        time.sleep(0.3)
+        store.set(f"asked {rank}", "")
+        store.wait([f"asked {other}" for other in range(dist.get_world_size())])
         return b"code" * 1000
 
+    fcntl.flock = tell_of_refusal  # in this process, which ends with the test
     return cache.get_or_make(KEY, make)
 
 
 def test_of_many_processes_one_makes_the_entry(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
     log = tmp_path / "log"
-    assert set(run_on_ranks(4, _make_slowly, str(log))) == {b"code" * 1000}
+    assert set(run_on_ranks(4, _make_while_the_others_ask, str(log))) == {b"code" * 1000}
     assert log.read_text() == "made\n"
 
 

@@ -1,10 +1,7 @@
 """Which implementation an op takes: modes, one warning for each reason, failures that are remembered."""
 
-import os
-import subprocess
-import sys
+import importlib.util
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +10,6 @@ import torch
 from megalodon_plugin.kernels import KernelUnavailable
 from megalodon_plugin.ops import dispatch
 from megalodon_plugin.ops.dispatch import kernel_or_none, kernels_mode, set_kernels, use_kernels
-
-from support.processes import HANG_S
 
 X = torch.zeros(2)
 
@@ -104,26 +99,25 @@ def test_modes() -> None:
 
 
 @pytest.mark.parametrize(("value", "mode"), [(None, "auto"), ("", "auto"), ("off", "off"), ("require", "require")])
-def test_the_environment_decides_the_first_mode(value: str | None, mode: str, tmp_path: Path) -> None:
-    result = run_with(value, tmp_path)
-    assert result.stdout.split() == [mode], result.stderr
-
-
-def test_a_wrong_environment_is_named(tmp_path: Path) -> None:
-    result = run_with("fast", tmp_path)
-    assert "ValueError: `MEGALODON_KERNELS` must be one of auto, require, off, but is 'fast'" in result.stderr
-
-
-def run_with(value: str | None, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The module alone, without what the package imports before it: torch is most of the time already."""
-    environment = {name: word for name, word in os.environ.items() if name != "MEGALODON_KERNELS"}
+def test_the_environment_decides_the_first_mode(monkeypatch: pytest.MonkeyPatch, value: str | None, mode: str) -> None:
+    monkeypatch.delenv("MEGALODON_KERNELS", raising=False)
     if value is not None:
-        environment["MEGALODON_KERNELS"] = value
-    program = "from megalodon_plugin.ops.dispatch import kernels_mode; print(kernels_mode())"
-    command = [sys.executable, "-c", program]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False
-    )
+        monkeypatch.setenv("MEGALODON_KERNELS", value)
+    assert module_anew().kernels_mode() == mode
+
+
+def test_a_wrong_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALODON_KERNELS", "fast")
+    with pytest.raises(ValueError, match=r"^`MEGALODON_KERNELS` must be one of auto, require, off, but is 'fast'$"):
+        module_anew()
+
+
+def module_anew() -> Any:
+    """A second copy of the module, as its first import makes it; the one that the ops use stays as it is."""
+    assert dispatch.__spec__ is not None and dispatch.__spec__.loader is not None
+    copy = importlib.util.module_from_spec(dispatch.__spec__)
+    dispatch.__spec__.loader.exec_module(copy)
+    return copy
 
 
 def test_inside_a_compiled_custom_op() -> None:

@@ -1,7 +1,7 @@
 """Some of the matrix of layouts (bench/parallel/matrix.py, `make layouts` runs all): processes together equal one."""
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from megalodon_plugin.bench.parallel.matrix import (
     ENTRIES,
     LENGTH,
     LOW_PRECISION,
+    MODEL,
     ROWS,
     TOLERANCE,
     Entry,
@@ -21,13 +22,13 @@ from megalodon_plugin.bench.parallel.matrix import (
     tasks_of_a_move,
     write_texts,
 )
-from megalodon_plugin.bench.parallel.rank import Task, run_all
 from megalodon_plugin.parallel.layout import ONE_RANK
 
-from support.processes import processes, wait_for
+from support.rank_tasks import run_forked
 
-Rows = list[dict[str, Any]]
-ALL = ENTRIES | LOW_PRECISION
+COMPILED = "cp, compiled"
+# Compiling takes longer than all else here, for each layer again, and its layers are alike.
+ALL = ENTRIES | LOW_PRECISION | {COMPILED: replace(ENTRIES[COMPILED], model=MODEL | {"n_layers": 2})}
 ENTRIES_OF_TESTS = [
     (
         "fsdp",
@@ -40,20 +41,10 @@ ENTRIES_OF_TESTS = [
         "pp, bfloat16",
     ),
     ("fsdp, gathered in float8",),
-    ("cp, compiled",),
+    (COMPILED,),
     ("cp x tp", "cp x tp, float8"),
 ]
 """Those of a test run in the same processes, one after the other."""
-
-
-def run(tasks: Sequence[Task], folder: Path) -> list[Rows]:
-    """What each rank found of each task."""
-    folder.mkdir()
-    n = tasks[0].job.layout.gpus
-    with processes(run_all, tasks, folder, ranks=n) as started:
-        wait_for(started)
-    paths = [[folder / f"{number}.{rank}.json" for rank in range(n)] for number in range(len(tasks))]
-    return [[json.loads(path.read_text()) for path in of_task] for of_task in paths]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +57,9 @@ def test_processes_equal_one(tmp_path: Path, texts: Path, names: Sequence[str]) 
     entries = [ALL[name] for name in names]
     singles = [entry.single for entry in entries]
     different = [single for number, single in enumerate(singles) if single not in singles[:number]]
-    of_singles = [ranks for (ranks,) in run([task_of(single, texts) for single in different], tmp_path / "single")]
-    of_entries = run([task_of(entry, texts) for entry in entries], tmp_path / "ranks")
+    one_rank_each = run_forked([task_of(single, texts) for single in different], tmp_path / "single")
+    of_singles = [row for (row,) in one_rank_each]
+    of_entries = run_forked([task_of(entry, texts) for entry in entries], tmp_path / "ranks")
     found = [
         check(entry, ranks, of_singles[different.index(single)])
         for entry, single, ranks in zip(entries, singles, of_entries, strict=True)
@@ -80,8 +72,8 @@ def test_processes_equal_one(tmp_path: Path, texts: Path, names: Sequence[str]) 
 def test_a_checkpoint_moves_from_layout_to_layout(tmp_path: Path, texts: Path) -> None:
     *shared, last = tasks_of_a_move(texts, tmp_path / "moved")
     assert {task.job.layout.gpus for task in shared} == {2}
-    moves = run(shared, tmp_path / "ranks")
-    last_move, unbroken = run([last, task_without_moves(texts, tmp_path / "unbroken")], tmp_path / "single")
+    moves = run_forked(shared, tmp_path / "ranks")
+    last_move, unbroken = run_forked([last, task_without_moves(texts, tmp_path / "unbroken")], tmp_path / "single")
     found = check_move([*moves, last_move], unbroken)
     assert found.get("failed") is None and found["deviation"] < TOLERANCE
 
