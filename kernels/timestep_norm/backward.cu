@@ -105,13 +105,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
   // The saved means are relative to the carried one, if there is one, and so exact where both are large.
   const float base = count > 0 ? p.mean[sequence] : 0.0f, pivot = p.step_mean[saved];
 
-  OverTime time;
-  time.totals = p.totals + sequence * tiles;
-  time.flags = p.flags + sequence * tiles;
-  time.blocks = p.blocks;
-  time.shared = shared_sums;
-  time.carry = no_sums();
-  time.parity = 0;
+  OverTime time(p.totals + sequence * tiles, p.flags + sequence * tiles, p.blocks, shared_sums);
   if (touched()) {  // the state after the last step, whose mean is the pivot
     const double n = static_cast<double>(count + (kMasked ? p.steps[last] : length));
     time.carry.first = at_last(p.dmean_last) / n;

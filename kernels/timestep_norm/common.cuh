@@ -177,6 +177,21 @@ struct Rows {
   }
 };
 
+// A team's steps of one tile, in one tensor; written to the same place of another one.
+struct Tile {
+  const Rows& rows;
+  const unsigned char* tensor;
+  const Span& span;
+  const Place& place;
+  long long step_bytes;
+  __device__ __forceinline__ Vector get(int i, int chunk) const {
+    return rows.get(tensor, span, place, i, chunk, step_bytes);
+  }
+  __device__ __forceinline__ void put(unsigned char* other, int i, int chunk, const Vector& v) const {
+    if (span.has(place, i, chunk)) store_vector(other + span.at(i, chunk, step_bytes), v);
+  }
+};
+
 // `value` where `mine`, else 0, added bit by bit to `chosen`: a choice among registers that stays one. (As a condition,
 // it becomes an array in local memory that is read at a variable index.)
 __device__ __forceinline__ void choose(float& chosen, bool mine, float value) {
@@ -226,6 +241,11 @@ struct OverTime {
   Sums* shared;  // kSharedSums
   Sums carry;    // over the tiles so far
   int parity;
+  __device__ __forceinline__ OverTime(Sums* totals, unsigned* flags, int blocks, Sums* shared)
+      : totals(totals), flags(flags), blocks(blocks), shared(shared) {
+    carry = no_sums();
+    parity = 0;
+  }
 
   // Returns the sum over all steps up to and including the lane's, given the lane's own. All threads call it, once a
   // tile. One barrier, and a second one where blocks share the sequence.
@@ -299,5 +319,28 @@ struct Sequence {
     group = blockIdx.x % groups;
     block = blockIdx.x / groups % blocks;
     row = blockIdx.x / groups / blocks;
+  }
+};
+
+// The steps of a sequence in the order of the walk: `start` is where the first one lies in every tensor like x, and
+// `step_bytes` leads to the next one, towards the end of time or the start of it.
+struct Walk {
+  const Place& place;
+  int length, tiles;
+  long long start, step_bytes;
+  __device__ __forceinline__ Walk(const Place& place, long long steps, long long start, long long step_bytes)
+      : place(place), length(static_cast<int>(steps)), start(start), step_bytes(step_bytes) {
+    tiles = (length + kTileSteps - 1) / kTileSteps;
+  }
+  // The first step of the team, and the one whose numbers this lane keeps, if it keeps any.
+  __device__ __forceinline__ int team_step(int tile) const { return tile * kTileSteps + place.first_step(); }
+  __device__ __forceinline__ int own_step(int tile) const { return team_step(tile) + place.member; }
+  __device__ __forceinline__ bool owns(int step) const { return place.member < kSteps && step < length; }
+  __device__ __forceinline__ Span span_of(int tile) const {
+    Span span;
+    const int step = team_step(tile);
+    span.offset = start + step * step_bytes + place.member * kVectorBytes;
+    span.count = length - step;
+    return span;
   }
 };
