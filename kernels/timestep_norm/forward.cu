@@ -61,7 +61,8 @@ __device__ __forceinline__ float pivot_of(const Params& p, const Sequence& at, c
   return sum / kFeatures;
 }
 
-// What the owner of a step (member i of a team) needs to know of it before its tile begins.
+// What the owner of a step (member i of a team) needs to know of it before its tile begins. Filled in through a
+// reference: returned by value, it costs some variants registers.
 struct Step {
   bool valid;   // the lane has a step, and it is not masked
   int counted;  // unmasked steps of x up to and including it
@@ -96,7 +97,7 @@ __device__ __forceinline__ void load_parameters(float* shared_gain, float* share
 }
 
 // (1) The group mean of each of the team's steps. Returns that of the lane's own step.
-__device__ __forceinline__ float step_means(float (&centre)[kSteps], const Tile& x, const Place& place) {
+__device__ __forceinline__ float step_means(float (&centre)[kSteps], const Tile& x) {
 #pragma unroll
   for (int i = 0; i < kSteps; i++) centre[i] = 0;
 #pragma unroll kUnrolledChunks
@@ -112,14 +113,14 @@ __device__ __forceinline__ float step_means(float (&centre)[kSteps], const Tile&
 #pragma unroll
   for (int i = 0; i < kSteps; i++) {
     centre[i] = sum_team(centre[i]) * (1.0f / kFeatures);
-    choose(mine, i == place.member, centre[i]);
+    choose(mine, i == x.place.member, centre[i]);
   }
   return mine;
 }
 
 // (1) The sums of the deviations from the mean and of their squares, for the lane's own step.
 __device__ __forceinline__ void deviations(float& my_off, float& my_square, const float (&centre)[kSteps],
-                                           const Tile& x, const Place& place) {
+                                           const Tile& x) {
   float off[kSteps], square[kSteps];
 #pragma unroll
   for (int i = 0; i < kSteps; i++) off[i] = square[i] = 0;
@@ -131,7 +132,7 @@ __device__ __forceinline__ void deviations(float& my_off, float& my_square, cons
       unpack(x.get(i, c), f);
 #pragma unroll
       for (int e = 0; e < kVector; e++) {
-        const float d = place.has(c) ? f[e] - centre[i] : 0.0f;
+        const float d = x.place.has(c) ? f[e] - centre[i] : 0.0f;
         off[i] += d;
         square[i] = fmaf(d, d, square[i]);
       }
@@ -139,8 +140,8 @@ __device__ __forceinline__ void deviations(float& my_off, float& my_square, cons
   my_off = my_square = 0;
 #pragma unroll
   for (int i = 0; i < kSteps; i++) {
-    choose(my_off, i == place.member, sum_team(off[i]));
-    choose(my_square, i == place.member, sum_team(square[i]));
+    choose(my_off, i == x.place.member, sum_team(off[i]));
+    choose(my_square, i == x.place.member, sum_team(square[i]));
   }
 }
 
@@ -190,9 +191,9 @@ __device__ __forceinline__ void leave_state(const Params& p, const Sequence& at,
 }
 
 // (4) y, from the running mean and 1/std of the step that each lane owns.
-__device__ __forceinline__ void write_output(unsigned char* y, const Tile& x, const Place& place,
-                                             const float* shared_gain, const float* shared_bias, float mean,
-                                             float rstd) {
+__device__ __forceinline__ void write_output(unsigned char* y, const Tile& x, const float* shared_gain,
+                                             const float* shared_bias, float mean, float rstd) {
+  const Place& place = x.place;
   float means[kSteps], rstds[kSteps];
 #pragma unroll
   for (int i = 0; i < kSteps; i++) {
@@ -253,8 +254,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
 
     const Tile x = {rows, p.x, span, place, step_bytes};
     float centre[kSteps], my_off, my_square;
-    const float my_centre = step_means(centre, x, place);
-    deviations(my_off, my_square, centre, x, place);
+    const float my_centre = step_means(centre, x);
+    deviations(my_off, my_square, centre, x);
     Sums sums = sums_of_step(step, before, my_centre, my_off, my_square);
     sums = time.add(sums, place, tile);
 
@@ -266,6 +267,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
       if (step.valid) rstd = static_cast<float>(now.rstd);
       if (t == walk.length - 1) leave_state(p, at, sequence, step, now, mean);
     }
-    write_output(p.y, x, place, shared_gain, shared_bias, mean, rstd);
+    write_output(p.y, x, shared_gain, shared_bias, mean, rstd);
   }
 }
