@@ -12,7 +12,8 @@ constexpr bool kReverse = REVERSE, kWrites = !SUMMARY, kOutShared = OUT_SHARED;
 
 struct PassTile {
   static constexpr int kBlocks = 16;
-  static constexpr int kBlockWords = kBlock / 2 + 2;  // twice that is 4 modulo 32 or 20: no bank conflicts of even blocks
+  // Twice that is 4 modulo 32, or 20: even blocks lie in different banks.
+  static constexpr int kBlockWords = kBlock / 2 + 2;
   static constexpr int kPlaneWords = kBlocks * kBlockWords;
   static constexpr int kChannelWords = kPlanes * kPlaneWords + 2;
   static __device__ __forceinline__ int word_of_block(int block) { return block * kBlockWords; }

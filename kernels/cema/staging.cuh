@@ -1,6 +1,6 @@
 // Activations between device memory, (time, channel), and a tile in shared memory, channel by channel.
 //
-// A tile is some blocks of T steps. Two neighbouring steps of one channel share a word, as the matrix units want
+// A tile is some blocks of T steps. Two neighbouring steps of one channel share a word, as the tensor cores take
 // them. A thread moves `kMoves` times 2 steps x 8 channels: two rows of 16 bytes (32 for float32) that are re-paired
 // in registers. A float32 activation fills three planes with its bfloat16 terms; as an output it is put into the
 // first two, the even step's bits and the odd step's.

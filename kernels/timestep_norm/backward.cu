@@ -1,14 +1,15 @@
 // TimestepNorm, backward: dx, the gradient of the carried mean and variance, and each block's share of dweight and
 // dbias.
 //
-// Read timestep_norm/common.cuh first. Steps are counted from the end: u = length - 1 - t. With s = dy gain, xhat = (x - m) r:
+// Read timestep_norm/common.cuh first. Steps are counted from the end: u = length - 1 - t. With s = dy gain and
+// xhat = (x - m) r:
 //   dm = -r sum s,  dv = -r^2/2 sum s xhat  over a step's features,
 //   P = sum (dm - 2 (m - pivot) dv) / n,  R = sum dv / n  over the step and all later ones,
 //   dx = s r + (P + 2 R (m - pivot)) / F + (2 R / F) (x - m).
 // (The group mean of the step cancels between d mu and d s2.) Per tile: (1) the two sums of each step by shuffles, and
 // the tile's part of dweight and dbias, which goes to the thread's own float64 numbers in shared memory; (2) OverTime:
 // P and R; (3) dx from the registers of (1). The next tile is loaded before (1) of this one. After the last tile the
-// block adds what its threads have of dweight and dbias, in a fixed order; timestep_norm_parameters adds the blocks'.
+// block adds its threads' parts of dweight and dbias, in a fixed order; timestep_norm_parameters adds the blocks'.
 //
 // Precision: float32 within a step, about the saved m; float64 over time, about `pivot`, the last step's m. Both are
 // relative to the carried mean, if there is one.
@@ -40,8 +41,8 @@ struct Params {
 
 constexpr int kSlots = kVector * kChunks;  // features of a thread
 
-// What the owner of a step (member i of a team) needs to know of it. Returned by value: filled in through a reference, it
-// makes some variants spill.
+// What the owner of a step (member i of a team) needs to know of it. load_step returns it by value: filled in through a
+// reference, it makes some variants spill.
 struct Step {
   float mean, rstd;  // rstd -1 says masked
   int counted;       // only if kMasked
@@ -135,7 +136,7 @@ __device__ __forceinline__ void step_sums(float& my_sum, float& my_product, Sums
         of_bias[e] += fdy[e];
       }
     }
-    // Nothing is exchanged: this keeps the compiler from loading what follows before there are registers for it.
+    // No data is exchanged. This keeps the compiler from loading the next chunk before registers are free for it.
     sync_warp();
     add_to_parts(of_thread, c, of_weight, of_bias);
   }

@@ -1,12 +1,12 @@
 // TimestepNorm, forward: y, the running mean and 1/std of every step, and the state after the last one.
 //
-// Read timestep_norm/common.cuh first. Per tile: (1) the group mean of each step, then mean and square of the deviations from
-// it, in registers, by shuffles within a team; (2) OverTime: sums up to each step; (3) running statistics, a step a
-// lane; (4) y from the registers of (1). The next tile is loaded before (1) of this one. A block waits for itself once
-// a tile, and with several blocks on a sequence once more, for their sums.
+// Read timestep_norm/common.cuh first. Per tile: (1) the group mean of each step, then mean and square of the
+// deviations from it, in registers, by shuffles within a team; (2) OverTime: sums up to each step; (3) running
+// statistics, one step per lane; (4) y from the registers of (1). The next tile is loaded before (1) of this one. There
+// is one barrier of the block a tile, and a second one where several blocks share a sequence, for their sums.
 //
 // Precision: products and sums within a step are float32 about the step's own mean, whose rounding the mean of the
-// deviations takes out again; everything over time is float64 about `pivot`, a mean close to the data's, so that
+// deviations corrects; everything over time is float64 about `pivot`, a mean close to the data's, so that
 // E[m^2] - E[m]^2 does not cancel when the data lies far from 0. y is computed in float32 and rounded once.
 //
 // Memory: an activation is read once and written once, and 8 bytes a step and group are written for the backward pass.
