@@ -5,7 +5,7 @@
 
 A kernel is `extern "C" __global__ void NAME(const __grid_constant__ Params p)`; `params` is a `ctypes.Structure` with
 the layout of its `Params`. NVRTC compiles it, so neither nvcc nor a host compiler is needed; what it made is kept on
-disk (cache.py). Nothing of CUDA is imported or loaded before the first kernel is asked for.
+disk (cache.py). No part of CUDA is imported or loaded before the first kernel is requested.
 """
 
 from .compiler import KernelUnavailable, compile_cubin

@@ -1,7 +1,7 @@
 """Compiled kernels on disk: in the folder that MEGALODON_KERNEL_CACHE names, else with the user's other caches.
 
 An entry is a file named by the hash of everything that decides its content, and holds that hash, a checksum and the
-content. One that does not agree with its name and checksum (cut short, damaged, copied from another) is made again.
+content. One that does not agree with its name and checksum (cut short, damaged, copied from another) is replaced.
 Entries are written to a file of their own and renamed, so that a reader never sees half of one. Of many processes that
 want the same entry one makes it while the others wait, but none waits for long, and a folder that cannot be written
 costs time, never the run.

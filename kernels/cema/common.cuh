@@ -123,7 +123,7 @@ __device__ __forceinline__ void split(float low, float high, unsigned (&terms)[K
 }
 
 // d += a b, or d = a b if FIRST, where both are sums of bfloat16 terms, a[i] and (b0[j], b1[j]). Products below the
-// last term's size are left out; the small ones go first. The matrix units cut off what a float32 sum cannot hold
+// last term's size are left out; the small ones go first. The tensor cores truncate what a float32 sum cannot hold
 // instead of rounding it; where float32 accuracy is wanted, each product is therefore added to d by an addition that
 // rounds.
 template <bool FIRST, int I, int J>

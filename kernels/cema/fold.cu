@@ -1,5 +1,6 @@
-// The state that several consecutive slices of time leave, from what each leaves alone: sum_k q^steps(k) s_k, where k
-// = 0 is the slice next to the one that wants to know and steps(k) are those between.
+// The state before one of several consecutive slices of time, from the state s_k that each slice leaves of a zero one:
+// sum_k q^steps(k) s_k, where k = 0 is the neighbouring slice and steps(k) is the number of steps between slice k and
+// the one whose state is computed.
 //
 // One thread owns one order of one channel of one batch row. Powers and the sum are float64; the order is fixed.
 #include "cema/common.cuh"

@@ -147,7 +147,8 @@ __device__ __forceinline__ void leave_coefficient_gradients(const Params& p, con
         dp = multiply_add(out, by_lag, {dp.re + by_in.re, dp.im + by_in.im});
         const Complex<float> whole = multiply_add(
             out, {(step + 1) * by_out.re, (step + 1) * by_out.im},
-            multiply_add(in, {left * by_in.re, left * by_in.im}, both * Complex<float>{step * by_lag.re, step * by_lag.im}));
+            multiply_add(in, {left * by_in.re, left * by_in.im},
+                         both * Complex<float>{step * by_lag.re, step * by_lag.im}));
         d_log = {d_log.re + whole.re, d_log.im + whole.im};
       }
     }
@@ -183,18 +184,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) cema_grad(const __grid
   Cursor coming = {0, 0}, current;
   coming.advance(blockIdx.y, groups.count);
   current = coming;
-  Complex<float> edges = {0, 0};  // loaded while the group before is worked on
+  Complex<float> edges = {0, 0};  // loaded while the group before is processed
   if (coming.row < p.batch) {
     edges = groups.load_edges(coming);
-    bring(tiles, groups.start_of(coming, p.x, p.x_row), groups.start_of(coming, p.dy, p.dy_row), groups.steps_of(coming),
-          p.dim, at.channels);
+    bring(tiles, groups.start_of(coming, p.x, p.x_row), groups.start_of(coming, p.dy, p.dy_row),
+          groups.steps_of(coming), p.dim, at.channels);
     coming.advance(gridDim.y, groups.count);
   }
   for (int i = 0; current.row < p.batch; ++i) {
-    sync_block();  // group i is in shared memory, and nobody reads group i - 1 any more
+    sync_block();  // group i is in shared memory, and no warp reads group i - 1 any more
     const unsigned* x_words = tiles + i % 2 * 2 * kTileWords + at.warp * GroupTile::kChannelWords;
     const unsigned* dy_words = x_words + kTileWords;
-    // All that is the same for every warp is worked out here, before their ways part.
+    // What is the same for every warp is computed here, before their paths diverge.
     const int blocks = groups.steps_of(current) / kBlock;
     const bool last_group = current.group == groups.count - 1;
     const bool waiting = coming.row < p.batch;  // there is a group i + 1

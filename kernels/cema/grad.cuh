@@ -5,8 +5,9 @@
 // A tile of this kernel, a group of blocks of x or of dy.
 struct GroupTile {
   static constexpr int kBlocks = 32;
-  static constexpr int kBlockWords = kBlock / 2 + 4;  // rows of 16 bytes for the transposing load ...
-  static constexpr int kPlaneWords = 4 * (8 * kBlockWords + 8);  // ... of which any 8 that it touches lie in different banks
+  // Rows of 16 bytes for the transposing load; any 8 of them that it reads at once lie in different banks.
+  static constexpr int kBlockWords = kBlock / 2 + 4;
+  static constexpr int kPlaneWords = 4 * (8 * kBlockWords + 8);
   static constexpr int kChannelWords = kPlanes * kPlaneWords;
   static __device__ __forceinline__ int word_of_block(int block) { return block * kBlockWords + block / 8 * 8; }
 };
@@ -19,7 +20,8 @@ constexpr int kTileWords = kChannels * GroupTile::kChannelWords;
 
 // A group's x and dy, from device to shared memory. Nothing is loaded ahead: while some warps wait here, others work,
 // and registers are what cema_grad is short of.
-__device__ __forceinline__ void bring(unsigned* tiles, const char* x, const char* dy, int steps, int dim, int channels) {
+__device__ __forceinline__ void bring(unsigned* tiles, const char* x, const char* dy, int steps, int dim,
+                                      int channels) {
   Move x_moves[Staging<GroupTile>::kMoves], dy_moves[Staging<GroupTile>::kMoves];
   fetch<GroupTile>(x_moves, x, steps, dim, channels);
   fetch<GroupTile>(dy_moves, dy, steps, dim, channels);
@@ -65,7 +67,8 @@ __device__ __forceinline__ void products(float (&u)[2][4][4], const uint4* table
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
-        const unsigned* w = words + plane * GroupTile::kPlaneWords + GroupTile::word_of_block(8 * (g / 2) + 2 * j + g % 2) + 8 * k + c;
+        const unsigned* w = words + plane * GroupTile::kPlaneWords +
+                            GroupTile::word_of_block(8 * (g / 2) + 2 * j + g % 2) + 8 * k + c;
         low[j][plane] = w[0];
         high[j][plane] = w[4];
       }
@@ -112,8 +115,8 @@ __device__ __forceinline__ void load_powers(LanePowers& up, Complex<float>& left
   left = c == 3 ? powers[0] : c == 2 ? powers[1] : c == 1 ? powers[2] : powers[3];
 }
 
-// Blocks that the sequence does not have stand at the end: the first of them, block `first` of this lane, which adds
-// nothing of its own, hands on the carried gradient.
+// A last group may have fewer blocks. The first block past the end of the sequence, block `first` of this lane, adds
+// nothing of its own; it takes the carried gradient, from where the scan passes it to the blocks before it.
 __device__ __forceinline__ void hand_on_gradient(float (&grad)[2][4][4], Complex<float> (&l)[2], int first) {
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
@@ -183,7 +186,8 @@ __device__ __forceinline__ void left_operand(unsigned (&a)[kTerms][4], const flo
 __device__ __forceinline__ void transposed(unsigned (&low)[kTimeTiles][kPlanes], unsigned (&high)[kTimeTiles][kPlanes],
                                            const unsigned* words, int k, int lane) {
   const int matrix = lane / 8, row = lane % 8;
-  const unsigned* at = words + GroupTile::word_of_block(8 * (row / 2) + 2 * (2 * k + matrix % 2) + row % 2) + 4 * (matrix / 2);
+  const unsigned* at =
+      words + GroupTile::word_of_block(8 * (row / 2) + 2 * (2 * k + matrix % 2) + row % 2) + 4 * (matrix / 2);
 #pragma unroll
   for (int plane = 0; plane < kPlanes; ++plane) {
 #pragma unroll

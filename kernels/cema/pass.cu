@@ -8,9 +8,9 @@
 // A thread block owns kChannels channels, one warp each, and walks their tiles of 16 blocks in order of time for some
 // batch rows and one segment. All threads move tiles between device and shared memory (cema/staging.cuh); each warp
 // works on its own channel of a tile alone, in place. Two tiles' buffers alternate: between two barriers the block
-// brings in tile i + 1, carries off tile i - 1 and works on tile i. Half of the warps do the moving first and half
-// the work, so that both go on at once; neighbouring warps run on different schedulers, so it is by warp / 4. The
-// loads of tile i + 2 are then under way in registers.
+// brings in tile i + 1, stores tile i - 1 and works on tile i. Half of the warps move data first and half compute
+// first, so that both overlap; neighbouring warps run on different schedulers, so the halves are chosen by warp / 4.
+// The loads of tile i + 2 are then in flight, in registers.
 //
 // In a warp, the rows of the matrix products are the 16 blocks: rows g and g + 8 (g = lane / 4) hold blocks 2g and
 // 2g + 1 in walking order. A lane holds the states of orders 4 j + lane % 4 of its two blocks, real and imaginary part

@@ -12,7 +12,8 @@ constexpr bool kReverse = REVERSE, kWrites = !SUMMARY, kOutShared = OUT_SHARED;
 
 struct PassTile {
   static constexpr int kBlocks = 16;
-  static constexpr int kBlockWords = kBlock / 2 + 2;  // twice that is 4 modulo 32 or 20: even blocks lie in different banks
+  // Twice that is 4 modulo 32, or 20: even blocks lie in different banks.
+  static constexpr int kBlockWords = kBlock / 2 + 2;
   static constexpr int kPlaneWords = kBlocks * kBlockWords;
   static constexpr int kChannelWords = kPlanes * kPlaneWords + 2;
   static __device__ __forceinline__ int word_of_block(int block) { return block * kBlockWords; }
@@ -156,8 +157,8 @@ __device__ __forceinline__ void toeplitz_product(float (&y)[kOutTiles][4], const
   }
 }
 
-// In the walk of REVERSE the blocks that the sequence does not have come first, and the last of them hands on what was
-// carried.
+// In the walk of REVERSE the blocks past the end of the sequence come first. The last of them takes the carried state,
+// from where the scan passes it on.
 __device__ __forceinline__ void hand_on_carry(float (&u)[kStateTiles][4], Complex<Real> (&carry)[kStateTiles],
                                               int missing, int g, int c) {
 #pragma unroll
@@ -175,9 +176,9 @@ __device__ __forceinline__ void hand_on_carry(float (&u)[kStateTiles][4], Comple
 
 // From what each block adds to the states that blocks start from, as the left operand of the product with the table of
 // outputs; `carry` becomes the state after the tile.
-__device__ __forceinline__ void scan_blocks(unsigned (&states)[kStateSteps][kTerms][4], const float (&u)[kStateTiles][4],
-                                            Complex<Real> (&carry)[kStateTiles], const ScanPowers* scan, int blocks,
-                                            bool holds, int lane) {
+__device__ __forceinline__ void scan_blocks(unsigned (&states)[kStateSteps][kTerms][4],
+                                            const float (&u)[kStateTiles][4], Complex<Real> (&carry)[kStateTiles],
+                                            const ScanPowers* scan, int blocks, bool holds, int lane) {
   const int c = lane % 4;
 #pragma unroll
   for (int j = 0; j < kStateTiles; ++j) {

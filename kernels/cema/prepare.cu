@@ -68,7 +68,8 @@ extern "C" __global__ void __launch_bounds__(256) cema_prepare(const __grid_cons
 #pragma unroll
     for (int mask = 1; mask < kOrders; mask *= 2) sum += shuffle_xor(sum, mask);
     if (channel < p.dim && n == 0)
-      p.lags[static_cast<long long>(channel) * kBlock + lag] = static_cast<Real>(sum + (lag == 0 ? p.omega[channel] : 0.0f));
+      p.lags[static_cast<long long>(channel) * kBlock + lag] =
+          static_cast<Real>(sum + (lag == 0 ? p.omega[channel] : 0.0f));
     term = term * q;
   }
 }

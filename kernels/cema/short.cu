@@ -2,8 +2,13 @@
 //
 // One thread owns one order of one channel and takes the steps one by one, as the definition does; the ORDERS
 // neighbouring lanes of a channel add up the output by shuffles. The forward pass has a thread for each batch row; the
-// backward pass walks the batch rows in order, so that its sums over them have one order, and makes the states again.
+// backward pass walks the batch rows in order, so that its sums over them have one order, and recomputes the states.
+//
+// Macro beside those of common.cuh:
+//   BACKWARD   1 for the backward pass
 #include "cema/common.cuh"
+
+constexpr bool kBackward = BACKWARD;
 
 struct Params {
   const char* x;
@@ -13,7 +18,8 @@ struct Params {
   const float* omega;                    // (D)
   const Complex<float>* state_in;        // (B, D, N), null is zero
   const Complex<float>* state_grad_in;   // (B, D, N): gradient of the state that leaves, null is zero; backward only
-  Complex<float>* state_out;             // (B, D, N): the state that leaves, or the gradient of the one that enters; may be null
+  Complex<float>* state_out;             // (B, D, N): the state that leaves, or the gradient of the one that enters;
+                                         // null if not wanted
   Complex<float>* partial;               // (D, kOrders, 3), backward only
   float* partial_omega;                  // (D)
   long long x_row, dy_row, y_row;        // elements from one batch row to the next
@@ -47,56 +53,56 @@ extern "C" __global__ void __launch_bounds__(256) cema_short(const __grid_consta
   const Complex<Real> in = z[kP], out = z[kG], q = z[kPower + 1];
   const float omega = p.omega[channel];
   auto state_at = [&](int row) { return (static_cast<long long>(row) * p.dim + channel) * p.order + n; };
-#if !BACKWARD
-  const int row = blockIdx.y;
-  Complex<Real> h = {0, 0};
-  if (there && p.state_in) h = convert<Real>(p.state_in[state_at(row)]);
-  for (int t = 0; t < p.length; ++t) {
-    const long long at = static_cast<long long>(t) * p.dim + channel;
-    const Real x = read(p.x, row * p.x_row + at);
-    h = multiply_add(q, h, {in.re * x, in.im * x});
-    const Real y = sum_of_orders(out.re * h.re - out.im * h.im) + omega * x;
-    if (n == 0 && real) write(p.y, row * p.y_row + at, static_cast<float>(y));
-  }
-  if (there && p.state_out) p.state_out[state_at(row)] = convert<float>(h);
-#else
-  Complex<Real> dp = {0, 0}, dg = {0, 0}, d_log = {0, 0};
-  Real d_omega = 0;
-  for (int row = 0; row < p.batch; ++row) {
-    Complex<Real> entering[kBlock];  // the state before each step
-    Complex<Real> h = {0, 0}, l = {0, 0};
+  if constexpr (!kBackward) {
+    const int row = blockIdx.y;
+    Complex<Real> h = {0, 0};
     if (there && p.state_in) h = convert<Real>(p.state_in[state_at(row)]);
-    if (there && p.state_grad_in) {
-      l = convert<Real>(p.state_grad_in[state_at(row)]);
-      l.im = -l.im;
-    }
     for (int t = 0; t < p.length; ++t) {
-      entering[t] = h;
-      const Real x = read(p.x, row * p.x_row + static_cast<long long>(t) * p.dim + channel);
-      h = multiply_add(q, h, {in.re * x, in.im * x});
-    }
-    for (int t = p.length - 1; t >= 0; --t) {
       const long long at = static_cast<long long>(t) * p.dim + channel;
-      const Real x = read(p.x, row * p.x_row + at), dy = read(p.dy, row * p.dy_row + at);
-      const Complex<Real> decayed = q * entering[t];
-      // l is the conjugate of the gradient of the state after step t.
-      l = {l.re + out.re * dy, l.im + out.im * dy};
-      const Real dx = sum_of_orders(in.re * l.re - in.im * l.im) + omega * dy;
-      if (n == 0 && real) write(p.y, row * p.y_row + at, static_cast<float>(dx));
-      dp = {dp.re + l.re * x, dp.im + l.im * x};
-      dg = {dg.re + dy * (decayed.re + in.re * x), dg.im + dy * (decayed.im + in.im * x)};
-      d_log = multiply_add(decayed, l, d_log);
-      d_omega += dy * x;
-      l = q * l;
+      const Real x = read(p.x, row * p.x_row + at);
+      h = multiply_add(q, h, {in.re * x, in.im * x});
+      const Real y = sum_of_orders(out.re * h.re - out.im * h.im) + omega * x;
+      if (n == 0 && real) write(p.y, row * p.y_row + at, static_cast<float>(y));
     }
-    if (there && p.state_out) p.state_out[state_at(row)] = {static_cast<float>(l.re), -static_cast<float>(l.im)};
+    if (there && p.state_out) p.state_out[state_at(row)] = convert<float>(h);
+  } else {
+    Complex<Real> dp = {0, 0}, dg = {0, 0}, d_log = {0, 0};
+    Real d_omega = 0;
+    for (int row = 0; row < p.batch; ++row) {
+      Complex<Real> entering[kBlock];  // the state before each step
+      Complex<Real> h = {0, 0}, l = {0, 0};
+      if (there && p.state_in) h = convert<Real>(p.state_in[state_at(row)]);
+      if (there && p.state_grad_in) {
+        l = convert<Real>(p.state_grad_in[state_at(row)]);
+        l.im = -l.im;
+      }
+      for (int t = 0; t < p.length; ++t) {
+        entering[t] = h;
+        const Real x = read(p.x, row * p.x_row + static_cast<long long>(t) * p.dim + channel);
+        h = multiply_add(q, h, {in.re * x, in.im * x});
+      }
+      for (int t = p.length - 1; t >= 0; --t) {
+        const long long at = static_cast<long long>(t) * p.dim + channel;
+        const Real x = read(p.x, row * p.x_row + at), dy = read(p.dy, row * p.dy_row + at);
+        const Complex<Real> decayed = q * entering[t];
+        // l is the conjugate of the gradient of the state after step t.
+        l = {l.re + out.re * dy, l.im + out.im * dy};
+        const Real dx = sum_of_orders(in.re * l.re - in.im * l.im) + omega * dy;
+        if (n == 0 && real) write(p.y, row * p.y_row + at, static_cast<float>(dx));
+        dp = {dp.re + l.re * x, dp.im + l.im * x};
+        dg = {dg.re + dy * (decayed.re + in.re * x), dg.im + dy * (decayed.im + in.im * x)};
+        d_log = multiply_add(decayed, l, d_log);
+        d_omega += dy * x;
+        l = q * l;
+      }
+      if (there && p.state_out) p.state_out[state_at(row)] = {static_cast<float>(l.re), -static_cast<float>(l.im)};
+    }
+    if (real) {
+      Complex<float>* to = p.partial + (static_cast<long long>(channel) * kOrders + n) * 3;
+      to[0] = convert<float>(dp);
+      to[1] = convert<float>(dg);
+      to[2] = convert<float>(d_log);
+      if (n == 0) p.partial_omega[channel] = static_cast<float>(d_omega);
+    }
   }
-  if (real) {
-    Complex<float>* to = p.partial + (static_cast<long long>(channel) * kOrders + n) * 3;
-    to[0] = convert<float>(dp);
-    to[1] = convert<float>(dg);
-    to[2] = convert<float>(d_log);
-    if (n == 0) p.partial_omega[channel] = static_cast<float>(d_omega);
-  }
-#endif
 }

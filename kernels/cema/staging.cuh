@@ -1,6 +1,6 @@
 // Activations between device memory, (time, channel), and a tile in shared memory, channel by channel.
 //
-// A tile is some blocks of T steps. Two neighbouring steps of one channel share a word, as the matrix units want
+// A tile is some blocks of T steps. Two neighbouring steps of one channel share a word, as the tensor cores take
 // them. A thread moves `kMoves` times 2 steps x 8 channels: two rows of 16 bytes (32 for float32) that are re-paired
 // in registers. A float32 activation fills three planes with its bfloat16 terms; as an output it is put into the
 // first two, the even step's bits and the odd step's.
@@ -59,7 +59,8 @@ __device__ __forceinline__ void write_row(const unsigned (&row)[kRowWords], T* t
   if (kAligned) {
 #pragma unroll
     for (int i = 0; i < kRowWords / 4; ++i)
-      store_once(reinterpret_cast<uint4*>(to) + i, make_uint4(row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]));
+      store_once(reinterpret_cast<uint4*>(to) + i,
+                 make_uint4(row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]));
   } else if (kFloat32) {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
@@ -77,7 +78,8 @@ __device__ __forceinline__ void write_row(const unsigned (&row)[kRowWords], T* t
 // `tile` points at the tile's first step and at the first channel of the block. The tile has `steps` steps and the
 // block `channels` channels; what is missing is zero.
 template <class Tile>
-__device__ __forceinline__ void fetch(Move (&moves)[Staging<Tile>::kMoves], const char* tile, int steps, int dim, int channels) {
+__device__ __forceinline__ void fetch(Move (&moves)[Staging<Tile>::kMoves], const char* tile, int steps, int dim,
+                                      int channels) {
   const int first = 8 * octet_of(threadIdx.x), count = channels - first;
   const unsigned step_bytes = dim * (kFloat32 ? 4u : 2u);
 #pragma unroll
@@ -101,14 +103,16 @@ __device__ __forceinline__ void to_shared(const Move (&moves)[Staging<Tile>::kMo
   for (int i = 0; i < Staging<Tile>::kMoves; ++i) {
     int pair = pair_of(threadIdx.x, i);
     if (!Staging<Tile>::kEveryThreadMoves && pair >= Staging<Tile>::kPairs) continue;
-    unsigned* word = tile + first * Tile::kChannelWords + Tile::word_of_block(pair / (kBlock / 2)) + pair % (kBlock / 2);
+    unsigned* word =
+        tile + first * Tile::kChannelWords + Tile::word_of_block(pair / (kBlock / 2)) + pair % (kBlock / 2);
     if (kFloat32) {
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
         unsigned terms[3];
         split<3>(__uint_as_float(moves[i].early[c % kRowWords]), __uint_as_float(moves[i].late[c % kRowWords]), terms);
 #pragma unroll
-        for (int plane = 0; plane < kPlanes; ++plane) word[c * Tile::kChannelWords + plane * Tile::kPlaneWords] = terms[plane];
+        for (int plane = 0; plane < kPlanes; ++plane)
+          word[c * Tile::kChannelWords + plane * Tile::kPlaneWords] = terms[plane];
       }
     } else {
 #pragma unroll
@@ -120,8 +124,8 @@ __device__ __forceinline__ void to_shared(const Move (&moves)[Staging<Tile>::kMo
   }
 }
 
-// The counterpart of fetch and to_shared: every thread reads the words that it wrote, so no barrier stands between a
-// tile's way out and the next one's way in.
+// The counterpart of fetch and to_shared: every thread reads the words that it wrote, so no barrier is needed
+// between storing a tile and bringing in the next one.
 template <class Tile>
 __device__ __forceinline__ void store(const unsigned* words, char* tile, int steps, int dim, int channels) {
   const int first = 8 * octet_of(threadIdx.x), count = channels - first;
@@ -129,8 +133,10 @@ __device__ __forceinline__ void store(const unsigned* words, char* tile, int ste
 #pragma unroll
   for (int i = 0; i < Staging<Tile>::kMoves; ++i) {
     const int pair = pair_of(threadIdx.x, i);
-    if ((!Staging<Tile>::kEveryThreadMoves && pair >= Staging<Tile>::kPairs) || 2 * pair >= steps || count <= 0) continue;
-    const unsigned* word = words + first * Tile::kChannelWords + Tile::word_of_block(pair / (kBlock / 2)) + pair % (kBlock / 2);
+    const bool moves = Staging<Tile>::kEveryThreadMoves || pair < Staging<Tile>::kPairs;
+    if (!moves || 2 * pair >= steps || count <= 0) continue;
+    const unsigned* word =
+        words + first * Tile::kChannelWords + Tile::word_of_block(pair / (kBlock / 2)) + pair % (kBlock / 2);
     Move m;
     if (kFloat32) {
 #pragma unroll

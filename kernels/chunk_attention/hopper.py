@@ -1,8 +1,8 @@
 """Triton kernels of attention inside chunks for Hopper; README.md derives them. Imports triton: load it when needed.
 
 Scores of a chunk, (C, C), pass through memory once, as bfloat16 weights: values are 2048 wide, so a fused kernel would
-either keep 2048 float32 sums a query or compute the scores again for every slice of the values. Each product visits
-only blocks on or under the diagonal. All sums are float32 in a fixed order.
+either keep 2048 float32 sums a query or recompute the scores for every slice of the values. Each product visits only
+blocks on or under the diagonal. All sums are float32 in a fixed order.
 
 Tensors are read by the bulk copy engine through descriptors of two dimensions: activations (B * L, H * width), where
 row `b * L + start + c * C + i` is position i of chunk c, and weights (matrices * C, C), one matrix a chunk and head.
@@ -50,7 +50,7 @@ def attention_weights(
     """weights_ij = exp(q_i . k_j - r_i) for j <= i, zero in the rest of the blocks on the diagonal.
 
     r_i, the largest score among the first COLS keys, keeps the weights in range as long as no later score exceeds it by
-    60 log 2: bfloat16 is as exact at 2^60 as at 1. Where one does, the rows are made again with their largest score.
+    60 log 2: bfloat16 is as exact at 2^60 as at 1. Where one does, the rows are recomputed with their largest score.
     inverse_sum_i = 1 / sum_j weights_ij is left for the product with the values; log_sum_i is that of the scores.
     A program: ROWS queries. Grid: (chunk / ROWS, matrices); long rows first.
     """

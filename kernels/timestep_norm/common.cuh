@@ -1,17 +1,19 @@
 // What the forward and the backward pass of TimestepNorm share: who owns what, vectors, and sums over time.
 //
 // A sequence is one group of one batch row: `length` steps of kFeatures numbers. `blocks` blocks walk it in tiles of
-// kTileSteps steps; block k takes tiles k, k + blocks, ... In a tile, a warp owns kTeams * kSteps consecutive steps; a team of
-// kLanes lanes holds kSteps consecutive ones, each lane the same vectors of kVector features of every step; and the lane
-// that is member i of its team keeps the numbers of the team's step i (means, counts), so that lanes are in time order
-// and one scan over a warp is a scan over time. The backward pass counts steps from the end and is otherwise the same.
+// kTileSteps steps; block k takes tiles k, k + blocks, ... In a tile, a warp owns kTeams * kSteps consecutive steps; a
+// team of kLanes lanes holds kSteps consecutive ones, each lane the same vectors of kVector features of every step; and
+// the lane that is member i of its team keeps the numbers of the team's step i (means, counts), so that lanes are in
+// time order and one scan over a warp is a scan over time. The backward pass counts steps from the end and is otherwise
+// the same.
 //
-// Sums over time are float64. Before a tile: its steps' sums are added in the order scan of a warp, warps, tiles, which
-// does not depend on how many blocks share the sequence; nor on who is first. Per tile a block publishes one pair of
-// sums, as soon as it has them, and reads those of the tiles between its last tile and this one: nobody waits for a
-// chain. Blocks of one sequence wait for each other, so they must all be on the GPU at once (a cooperative launch).
+// Sums over time are float64. They are added in a fixed order: the steps of a warp by a scan, then the warps, then the
+// tiles. The order does not depend on how many blocks share the sequence, nor on which of them is first. For each tile
+// a block publishes one pair of sums, as soon as it has them, and reads those of the tiles between its last tile and
+// this one, so no block waits for a chain of others. Blocks of one sequence do wait for each other's sums, so all of
+// them must be resident at once (a cooperative launch).
 //
-// The macros that the compiler is given are bound here, once; everything else reads these constants.
+// The macros given to the compiler are bound to constants here; all other code reads the constants.
 #pragma once
 #include "primitives.cuh"
 
@@ -22,7 +24,8 @@ constexpr int kLanes = LANES;                       // of a team
 constexpr int kSteps = STEPS;                       // that a team holds
 constexpr int kThreads = THREADS;                   // of a block
 constexpr int kMinBlocks = MIN_BLOCKS;              // of them on a multiprocessor
-constexpr bool kKeep = KEEP;      // a tile is held in registers; else read again (large groups; a block is then one warp)
+// A tile is held in registers. Otherwise (large groups) it is read again, and a block is one warp.
+constexpr bool kKeep = KEEP;
 constexpr bool kMasked = MASKED;  // there is a padding mask
 
 constexpr int kWarps = kThreads / 32;
@@ -30,12 +33,13 @@ constexpr int kTeams = 32 / kLanes;
 constexpr int kWarpSteps = kTeams * kSteps;
 constexpr int kTileSteps = kWarps * kWarpSteps;
 constexpr int kChunks = (kFeatures / kVector + kLanes - 1) / kLanes;  // vectors a lane has of a step
-constexpr bool kEven = kChunks * kLanes * kVector == kFeatures;       // otherwise the last vectors of some lanes are empty
+constexpr bool kEven = kChunks * kLanes * kVector == kFeatures;       // else the last vectors of some lanes are empty
 constexpr int kVectorBytes = kVector * kActivationBytes;
 constexpr int kWords = kVectorBytes < 4 ? 1 : kVectorBytes / 4;
 constexpr int kPadded = kChunks * kLanes * kVector;  // features with those empty vectors
 constexpr int kUnrolledChunks = kKeep ? kChunks : 1;
-static_assert(kSteps <= kLanes && kFeatures % kVector == 0 && kThreads % 32 == 0 && (kKeep || (kSteps == 1 && kWarps == 1)));
+static_assert(kSteps <= kLanes && kFeatures % kVector == 0 && kThreads % 32 == 0);
+static_assert(kKeep || (kSteps == 1 && kWarps == 1));
 
 // Blocks a multiprocessor must hold. From compute capability 10 on the compiler works on pairs of registers and needs
 // more of them.
@@ -177,6 +181,21 @@ struct Rows {
   }
 };
 
+// A team's steps of one tile, in one tensor; written to the same place of another one.
+struct Tile {
+  const Rows& rows;
+  const unsigned char* tensor;
+  const Span& span;
+  const Place& place;
+  long long step_bytes;
+  __device__ __forceinline__ Vector get(int i, int chunk) const {
+    return rows.get(tensor, span, place, i, chunk, step_bytes);
+  }
+  __device__ __forceinline__ void put(unsigned char* other, int i, int chunk, const Vector& v) const {
+    if (span.has(place, i, chunk)) store_vector(other + span.at(i, chunk, step_bytes), v);
+  }
+};
+
 // `value` where `mine`, else 0, added bit by bit to `chosen`: a choice among registers that stays one. (As a condition,
 // it becomes an array in local memory that is read at a variable index.)
 __device__ __forceinline__ void choose(float& chosen, bool mine, float value) {
@@ -226,6 +245,11 @@ struct OverTime {
   Sums* shared;  // kSharedSums
   Sums carry;    // over the tiles so far
   int parity;
+  __device__ __forceinline__ OverTime(Sums* totals, unsigned* flags, int blocks, Sums* shared)
+      : totals(totals), flags(flags), blocks(blocks), shared(shared) {
+    carry = no_sums();
+    parity = 0;
+  }
 
   // Returns the sum over all steps up to and including the lane's, given the lane's own. All threads call it, once a
   // tile. One barrier, and a second one where blocks share the sequence.
@@ -299,5 +323,28 @@ struct Sequence {
     group = blockIdx.x % groups;
     block = blockIdx.x / groups % blocks;
     row = blockIdx.x / groups / blocks;
+  }
+};
+
+// The steps of a sequence in the order of the walk: `start` is where the first one lies in every tensor like x, and
+// `step_bytes` leads to the next one, towards the end of time or the start of it.
+struct Walk {
+  const Place& place;
+  int length, tiles;
+  long long start, step_bytes;
+  __device__ __forceinline__ Walk(const Place& place, long long steps, long long start, long long step_bytes)
+      : place(place), length(static_cast<int>(steps)), start(start), step_bytes(step_bytes) {
+    tiles = (length + kTileSteps - 1) / kTileSteps;
+  }
+  // The first step of the team, and the one whose numbers this lane keeps, if it keeps any.
+  __device__ __forceinline__ int team_step(int tile) const { return tile * kTileSteps + place.first_step(); }
+  __device__ __forceinline__ int own_step(int tile) const { return team_step(tile) + place.member; }
+  __device__ __forceinline__ bool owns(int step) const { return place.member < kSteps && step < length; }
+  __device__ __forceinline__ Span span_of(int tile) const {
+    Span span;
+    const int step = team_step(tile);
+    span.offset = start + step * step_bytes + place.member * kVectorBytes;
+    span.count = length - step;
+    return span;
   }
 };
