@@ -75,7 +75,7 @@ def kernel_or_none(op_name: str, tensor: Tensor, run: Callable[[], T]) -> T | No
     Args:
         op_name: names the op in messages. After a failure `run` is not called again for this name and device.
         tensor: the activation that the op is called with.
-        run: launches the op's kernels and returns their results, or returns the module that does.
+        run: launches the op's kernels and returns their results.
 
     Raises:
         KernelUnavailable: in the mode "require", where `run` raises it.

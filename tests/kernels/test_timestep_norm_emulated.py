@@ -9,6 +9,7 @@ from torch import Tensor
 from megalodon_plugin import kernels
 from megalodon_plugin.ops import NormState
 from megalodon_plugin.ops.timestep_norm import cuda, timestep_norm, timestep_norm_definition
+from megalodon_plugin.ops.timestep_norm.saved import SavedForward
 
 from support import emulator
 
@@ -70,14 +71,11 @@ def inputs(case: Case) -> dict[str, Tensor | None]:
 
 def by_kernels(given: dict, groups: int) -> dict[str, Tensor]:
     """y, the state, and every gradient."""
-    y, count, mean, var, step_mean, step_rstd = cuda.forward(
-        *(given[k] for k in ("x", "weight", "bias", "count", "mean", "var", "mask")), groups, EPS
-    )
-    dx, dweight, dbias, dmean, dvar = cuda.backward(
-        *(given[k] for k in ("dy", "dmean", "dvar", "x", "weight", "count", "mean", "var", "mask")),
-        step_mean,
-        step_rstd,
-    )
+    x, weight, mask = given["x"], given["weight"], given["mask"]
+    state = NormState(given["count"], given["mean"], given["var"])
+    y, count, mean, var, step_mean, step_rstd = cuda.forward(x, weight, given["bias"], state, mask, groups, EPS)
+    saved = SavedForward(x, weight, state, mask, step_mean, step_rstd)
+    dx, dweight, dbias, dmean, dvar = cuda.backward(given["dy"], given["dmean"], given["dvar"], saved)
     return {
         "y": y,
         "count": count,
@@ -193,9 +191,8 @@ def test_count_beyond_31_bits(on_the_cpu) -> None:
     on_the_cpu(2)
     given = inputs(Case())
     given["count"] = given["count"] + 2**33
-    y, count, mean, *_ = cuda.forward(
-        *(given[k] for k in ("x", "weight", "bias", "count", "mean", "var", "mask")), 2, EPS
-    )
+    state = NormState(given["count"], given["mean"], given["var"])
+    y, count, mean, *_ = cuda.forward(given["x"], given["weight"], given["bias"], state, given["mask"], 2, EPS)
     assert count.tolist() == [2**33 + 155, 2**33 + 156]
     exact = by_torch(timestep_norm_definition, given, 2, torch.float64)
     assert error(y, exact["y"]) < 1e-6 and error(mean, exact["mean"]) < 1e-6

@@ -4,13 +4,41 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from .runs import Run
+from .runs import Run, runs
+from .saved import SavedForward
 
 # Scores made at a time: 64 Mi numbers are 256 MiB in float32, far more than a GPU needs to be busy.
 SCORES_AT_ONCE = 1 << 26
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, log_sum: Tensor) -> None:
+def forward(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """out (B, L, H, F) and log_sum (B, L, H). All tensors contiguous."""
+    out, log_sum = empty_outputs(q, v)
+    for run in runs(q.shape[1], chunk_size):
+        forward_run(q, k, v, run, out, log_sum)
+    return out, log_sum
+
+
+def backward(dout: Tensor, saved: SavedForward, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv. All tensors contiguous."""
+    grads = empty_gradients(saved)
+    for run in runs(dout.shape[1], chunk_size):
+        backward_run(dout, saved, run, grads)
+    return grads
+
+
+def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out and log_sum, to be filled run by run."""
+    return v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q))
+
+
+def empty_gradients(saved: SavedForward) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, to be filled run by run."""
+    q, k, v = saved.q, saved.k, saved.v
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def forward_run(q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, log_sum: Tensor) -> None:
     """Fill the run's positions of out (B, L, H, F) and of log_sum (B, L, H)."""
     qc, kc, vc = (_by_chunk(t, run).to(_product_dtype(q)) for t in (q, k, v))
     out_c = vc.new_empty(vc.shape)
@@ -23,19 +51,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, log_sum: Ten
     _fill(log_sum.unsqueeze(-1), sums, run)
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_sum: Tensor,
-    run: Run,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:
+def backward_run(dout: Tensor, saved: SavedForward, run: Run, grads: tuple[Tensor, Tensor, Tensor]) -> None:
     """Fill the run's positions of dq, dk and dv."""
+    q, k, v, out = saved.q, saved.k, saved.v, saved.out
     qc, kc, vc, out_c, dout_c = (_by_chunk(t, run).to(_product_dtype(q)) for t in (q, k, v, out, dout))
-    sums = _by_chunk(log_sum.unsqueeze(-1), run)
+    sums = _by_chunk(saved.log_sum.unsqueeze(-1), run)
     dq, dk, dv = torch.empty_like(qc), torch.empty_like(kc), torch.empty_like(vc)
     for rows in _groups(vc.shape[0], run.chunk):
         weights = _scores(qc[rows], kc[rows]).sub_(sums[rows]).exp_()

@@ -1,9 +1,10 @@
-"""Chunk attention on a Hopper GPU: the launches of `kernels/chunk_attention/hopper.py`."""
+"""Chunk attention on a Hopper GPU: the launches of `kernels/chunk_attention/hopper.py`.
+
+Chunks of a length that the kernels do not take, such as a short last one, go through `dense`.
+"""
 
 import functools
-import sys
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from megalodon_plugin.kernels import KernelUnavailable
 
-from .runs import Run
+from . import dense
+from .runs import Run, runs
+from .saved import SavedForward
 
 BLOCK = 128
 """Chunks and values are cut into blocks of this many; so must be their sizes."""
@@ -26,7 +29,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def takes(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take these dtypes, widths and this GPU; see `takes_chunk`."""
+    """Whether the kernels take these dtypes, widths and this GPU; which chunks they take says `takes_chunk`."""
     return (
         q.is_cuda
         and q.dtype == torch.bfloat16
@@ -34,19 +37,6 @@ def takes(q: Tensor, v: Tensor) -> bool:
         and v.shape[3] % V_BLOCK == 0
         and _is_hopper(q.device)
     )
-
-
-def load() -> ModuleType:
-    """This module, after triton has been found.
-
-    Raises:
-        KernelUnavailable: there is no triton.
-    """
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise KernelUnavailable(f"triton cannot be imported: {error}") from error
-    return sys.modules[__name__]
 
 
 def takes_chunk(chunk: int) -> bool:
@@ -72,8 +62,35 @@ PRODUCT_TRANSPOSED = Blocks(128, 256, 64, 8, 3)
 GRADIENTS = Blocks(128, 128, 64, 4, 3)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, log_sum: Tensor) -> None:
-    """Fill the run's positions of out (B, L, H, F) bfloat16 and log_sum (B, L, H) float32. All tensors contiguous."""
+def forward(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """out (B, L, H, F) bfloat16 and log_sum (B, L, H) float32. All tensors contiguous.
+
+    Raises:
+        KernelUnavailable: there is no triton.
+    """
+    _kernels()
+    out, log_sum = dense.empty_outputs(q, v)
+    for run in runs(q.shape[1], chunk_size):
+        forward_run = _forward_run if takes_chunk(run.chunk) else dense.forward_run
+        forward_run(q, k, v, run, out, log_sum)
+    return out, log_sum
+
+
+def backward(dout: Tensor, saved: SavedForward, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv. All tensors contiguous.
+
+    Raises:
+        KernelUnavailable: there is no triton.
+    """
+    _kernels()
+    grads = dense.empty_gradients(saved)
+    for run in runs(dout.shape[1], chunk_size):
+        backward_run = _backward_run if takes_chunk(run.chunk) else dense.backward_run
+        backward_run(dout, saved, run, grads)
+    return grads
+
+
+def _forward_run(q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, log_sum: Tensor) -> None:
     inverse_sum = torch.empty_like(log_sum)
     with torch.cuda.device(q.device):
         for group in _groups(q, run):
@@ -82,23 +99,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, run: Run, out: Tensor, log_sum: Ten
             _product(weights, v, out, group, False, inverse_sum)
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_sum: Tensor,
-    run: Run,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Fill the run's positions of dq, dk and dv. All tensors contiguous."""
+def _backward_run(dout: Tensor, saved: SavedForward, run: Run, grads: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k = saved.q, saved.k
     dq, dk, dv = grads
     with torch.cuda.device(q.device):
-        delta = _delta(out, dout)
+        delta = _delta(saved.out, dout)
         for group in _groups(q, run):
             weights, dscores = _square_matrices(q, group), _square_matrices(q, group)
-            _gradients(q, k, v, dout, log_sum, delta, weights, dscores, group)
+            _gradients(dout, saved, delta, weights, dscores, group)
             _product(weights, dout, dv, group, True)
             _product(dscores, k, dq, group, False)
             _product(dscores, q, dk, group, True)
@@ -136,8 +144,11 @@ def _square_matrices(q: Tensor, group: Group) -> Tensor:
 
 
 def _kernels() -> Any:
-    from megalodon_plugin.kernels.chunk_attention import hopper
-
+    """The module of the kernels, which needs triton."""
+    try:
+        from megalodon_plugin.kernels.chunk_attention import hopper
+    except ImportError as error:
+        raise KernelUnavailable(f"triton cannot be imported: {error}") from error
     return hopper
 
 
@@ -199,16 +210,9 @@ def _delta(out: Tensor, dout: Tensor) -> Tensor:
 
 
 def _gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    log_sum: Tensor,
-    delta: Tensor,
-    weights: Tensor,
-    dscores: Tensor,
-    group: Group,
+    dout: Tensor, saved: SavedForward, delta: Tensor, weights: Tensor, dscores: Tensor, group: Group
 ) -> None:
+    q, k, v = saved.q, saved.k, saved.v
     b, qk_width, v_width = GRADIENTS, q.shape[3], v.shape[3]
     side, inner, blocks = b.rows, min(b.inner, qk_width), group.chunk // b.rows
     _kernels().score_gradients[(blocks * (blocks + 1) // 2, group.count)](
@@ -216,7 +220,7 @@ def _gradients(
         _descriptor(k, side, inner),
         _descriptor(v, side, b.inner),
         _descriptor(dout, side, b.inner),
-        log_sum,
+        saved.log_sum,
         delta,
         _descriptor(weights, side, side),
         _descriptor(dscores, side, side),

@@ -5,8 +5,6 @@
 (arXiv 2404.08801, section 3.3; the 1/sqrt of the scores is part of the normalised q and k.)
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +14,7 @@ from .. import dispatch
 from ..checks import check_activation, compute_dtype, without_autocast
 from ..library import define_gradient, define_op
 from . import dense, hopper
-from .runs import runs
+from .saved import SavedForward
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Tensor:
@@ -79,15 +77,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> None:
 def _forward_impl(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """The output and the logarithm of each softmax's sum, (B, L, H), which the backward pass starts from."""
     q, k, v = (t.contiguous() for t in (q, k, v))
-    out, log_sum = v.new_empty(v.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q))
-    kernels = _kernels_or_none(q, v)
     with without_autocast(q):
-        for run in runs(q.shape[1], chunk_size):
-            if kernels is not None and kernels.takes_chunk(run.chunk):
-                kernels.forward(q, k, v, run, out, log_sum)
-            else:
-                dense.forward(q, k, v, run, out, log_sum)
-    return out, log_sum
+        if hopper.takes(q, v):
+            found = dispatch.kernel_or_none("chunk_attention", q, lambda: hopper.forward(q, k, v, chunk_size))
+            if found is not None:
+                return found
+        return dense.forward(q, k, v, chunk_size)
 
 
 def _backward_impl(
@@ -95,21 +90,13 @@ def _backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. The weights are recomputed from the scores and their log-sum; dS = P (dP - sum out dout)."""
     dout, q, k, v = (t.contiguous() for t in (dout, q, k, v))
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    kernels = _kernels_or_none(q, v)
+    saved = SavedForward(q, k, v, out, log_sum)
     with without_autocast(q):
-        for run in runs(q.shape[1], chunk_size):
-            if kernels is not None and kernels.takes_chunk(run.chunk):
-                kernels.backward(dout, q, k, v, out, log_sum, run, grads)
-            else:
-                dense.backward(dout, q, k, v, out, log_sum, run, grads)
-    return grads
-
-
-def _kernels_or_none(q: Tensor, v: Tensor) -> ModuleType | None:
-    if not hopper.takes(q, v):
-        return None
-    return dispatch.kernel_or_none("chunk_attention", q, hopper.load)
+        if hopper.takes(q, v):
+            found = dispatch.kernel_or_none("chunk_attention", q, lambda: hopper.backward(dout, saved, chunk_size))
+            if found is not None:
+                return found
+        return dense.backward(dout, saved, chunk_size)
 
 
 _attention_op = define_op("chunk_attention", _forward_impl)

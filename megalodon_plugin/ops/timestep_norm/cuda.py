@@ -13,6 +13,8 @@ from torch import Tensor
 from megalodon_plugin import kernels
 
 from ..launching import address, contiguous, multiprocessors, parameter_struct, stream_of
+from .saved import SavedForward
+from .state import NormState
 from .tiles import VARIANTS, choose_tiles
 
 __all__ = ["VARIANTS", "backward", "forward"]
@@ -57,14 +59,12 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    count: Tensor,
-    mean: Tensor,
-    var: Tensor,
+    state: NormState,
     padding_mask: Tensor | None,
     num_groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, the state after (count, mean, var), and the running mean and 1/std of each step (B, L, G).
+    """y, the state (count, mean, var) after x, and the running mean and 1/std of each step (B, L, G).
 
     x (B, L, D) bfloat16 or float32; weight, bias, mean, var float32; shapes as `timestep_norm` checks them.
 
@@ -72,8 +72,8 @@ def forward(
         kernels.KernelUnavailable: the kernels do not run on this device.
     """
     x, mask = x.contiguous(), contiguous(padding_mask)
-    weight, bias, count = weight.contiguous(), bias.contiguous(), count.contiguous()
-    mean, var = mean.contiguous(), var.contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
+    count, mean, var = (t.contiguous() for t in state)
     batch, length, _ = x.shape
     y, last_count = torch.empty_like(x), torch.empty_like(count)
     last_mean, last_var = torch.empty_like(mean), torch.empty_like(var)
@@ -96,25 +96,17 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dmean_last: Tensor | None,
-    dvar_last: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    count: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    padding_mask: Tensor | None,
-    step_mean: Tensor,
-    step_rstd: Tensor,
+    dy: Tensor, dmean_last: Tensor | None, dvar_last: Tensor | None, saved: SavedForward
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dmean, dvar; step_mean and step_rstd are those of `forward`.
+    """dx, dweight, dbias, dmean, dvar.
 
     Raises:
         kernels.KernelUnavailable: the kernels do not run on this device.
     """
-    x, dy, mask = x.contiguous(), dy.contiguous(), contiguous(padding_mask)
-    weight, count, mean = weight.contiguous(), count.contiguous(), mean.contiguous()
+    x, dy, mask = saved.x.contiguous(), dy.contiguous(), contiguous(saved.padding_mask)
+    weight = saved.weight.contiguous()
+    count, mean, var = (t.contiguous() for t in saved.state)
+    step_mean, step_rstd = saved.step_mean, saved.step_rstd
     if not (_known_strides(step_mean) and step_rstd.stride() == step_mean.stride()):
         step_mean, step_rstd = step_mean.contiguous(), step_rstd.contiguous()
     dmean_last, dvar_last = contiguous(dmean_last), contiguous(dvar_last)

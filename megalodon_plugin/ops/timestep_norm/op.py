@@ -18,6 +18,7 @@ from .. import dispatch
 from ..checks import check_activation, check_parameter, compute_dtype, without_autocast
 from ..library import define_gradient, define_op
 from . import cuda
+from .saved import SavedForward
 from .state import NormState, empty_norm_state
 from .tiles import takes
 
@@ -141,7 +142,9 @@ def _group_moments(xg: Tensor) -> tuple[Tensor, Tensor]:
     return (centred.square_().mean(-1) - rest * rest).clamp_(min=0), rough + rest
 
 
-def _running_statistics(x: Tensor, count: Tensor, mean: Tensor, var: Tensor, mask: Tensor | None, groups: int):
+def _running_statistics(x: Tensor, state: NormState, mask: Tensor | None, groups: int) -> tuple[_Running, Tensor]:
+    """The statistics after each step, and the count after the last one."""
+    count, mean, var = state
     dtype = compute_dtype(x, mean)
     group_var, group_mean = (t.double() for t in _group_moments(x.unflatten(2, (groups, -1)).to(dtype)))
     started = (count > 0).view(-1, 1, 1)
@@ -181,14 +184,28 @@ def _forward_impl(
     """y, the state after (count, mean, var), and for the backward pass the running mean of each step, minus the carried
     one, and its 1/std, both (B, L, G).
     """
+    state = NormState(count, mean, var)
     if x.is_cuda and takes(x, weight, num_groups):
-        arguments = (x, weight, bias, count, mean, var, padding_mask, num_groups, eps)
+        arguments = (x, weight, bias, state, padding_mask, num_groups, eps)
         found = dispatch.kernel_or_none("timestep_norm", x, lambda: cuda.forward(*arguments))
         if found is not None:
             return found
+    return _torch_forward(x, weight, bias, state, padding_mask, num_groups, eps)
+
+
+def _torch_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    state: NormState,
+    padding_mask: Tensor | None,
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count, mean, var = state
     with without_autocast(x):
         dtype = compute_dtype(x, weight)
-        running, last_count = _running_statistics(x, count, mean, var, padding_mask, num_groups)
+        running, last_count = _running_statistics(x, state, padding_mask, num_groups)
         step_mean = running.mean + running.pivot
         step_rstd = torch.rsqrt(running.var + eps)
         y = (x.unflatten(2, (num_groups, -1)).to(dtype) - step_mean.to(dtype).unsqueeze(-1)) * step_rstd.to(
@@ -205,17 +222,17 @@ def _forward_impl(
             last_count.clone(),
             last_mean,
             last_var,
-            (step_mean - _base_of_means(count, mean)).to(dtype),
+            (step_mean - _base_of_means(state)).to(dtype),
             step_rstd.to(dtype),
         )
 
 
-def _base_of_means(count: Tensor, mean: Tensor) -> Tensor:
+def _base_of_means(state: NormState) -> Tensor:
     """What the saved means of the steps are relative to, float64 (B, 1, G): the carried mean, if there is one.
 
     So they stay exact where the data lies far from 0, and with them the gradient of the carried state.
     """
-    return torch.where((count > 0).view(-1, 1, 1), mean.double().unsqueeze(1), 0)
+    return torch.where((state.count > 0).view(-1, 1, 1), state.mean.double().unsqueeze(1), 0)
 
 
 def _backward_impl(
@@ -231,24 +248,32 @@ def _backward_impl(
     step_mean: Tensor,
     step_rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dmean, dvar.
+    """dx, dweight, dbias, dmean, dvar."""
+    saved = SavedForward(x, weight, NormState(count, mean, var), padding_mask, step_mean, step_rstd)
+    if x.is_cuda and takes(x, weight, step_mean.shape[2]):
+        found = dispatch.kernel_or_none("timestep_norm", x, lambda: cuda.backward(dy, dmean_last, dvar_last, saved))
+        if found is not None:
+            return found
+    return _torch_backward(dy, dmean_last, dvar_last, saved)
+
+
+def _torch_backward(
+    dy: Tensor, dmean_last: Tensor | None, dvar_last: Tensor | None, saved: SavedForward
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients in PyTorch.
 
     With r = 1/std of a step, s = dy * gain:  dm_t = -r sum s,  dv_t = -r^3/2 sum s (x - m_t) over the group's features;
     m_t and v_t are sums over the steps before t divided by n_t, so step u gets P_u = sum_{t>=u} (dm_t - 2 m_t dv_t)/n_t
     and R_u = sum_{t>=u} dv_t / n_t:  d mu_u = P_u + 2 mu_u R_u,  d s2_u = R_u,  and the same for the carried state,
     weighted by its count.
     """
-    if x.is_cuda and takes(x, weight, step_mean.shape[2]):
-        state = (count, mean, var, padding_mask, step_mean, step_rstd)
-        arguments = (dy, dmean_last, dvar_last, x, weight, *state)
-        found = dispatch.kernel_or_none("timestep_norm", x, lambda: cuda.backward(*arguments))
-        if found is not None:
-            return found
+    x, weight, padding_mask, step_rstd = saved.x, saved.weight, saved.padding_mask, saved.step_rstd
+    count, mean, var = saved.state
     with without_autocast(x):
-        dtype, groups = compute_dtype(x, weight), step_mean.shape[2]
-        step_mean = (step_mean + _base_of_means(count, mean)).to(dtype)
+        dtype, groups = compute_dtype(x, weight), step_rstd.shape[2]
+        step_mean = (saved.step_mean + _base_of_means(saved.state)).to(dtype)
         features = x.shape[2] // groups
-        running, last_count = _running_statistics(x, count, mean, var, padding_mask, groups)
+        running, last_count = _running_statistics(x, saved.state, padding_mask, groups)
         xg = x.unflatten(2, (groups, -1)).to(dtype)  # (B, L, G, D/G)
         dy = dy.to(dtype)
         if padding_mask is not None:
