@@ -127,34 +127,35 @@ def run_python(
 
 
 def run_python_until(mark: str, *words: str | Path) -> str:
-    """Run Python as `run_python` does and kill it as soon as its output shows `mark`; the output until then."""
-    with _python_processes(words, 1, None) as ((process,), log):
-        end = time.monotonic() + HANG_S
-        while mark not in log.read_text() and process.exitcode is None and time.monotonic() < end:
-            time.sleep(0.005)
-        process.kill()
-        process.join()
+    """Run Python as `run_python` does, until it is killed by what it writes to stdout: `mark`. The output until then.
+
+    The process kills itself, so that it does nothing after the mark, however late others would see it.
+    """
+    with _python_processes(words, 1, None, mark) as (started, log):
+        wait_for(started)
         text = log.read_text()
-        assert mark in text and process.exitcode == -signal.SIGKILL, text
+        assert mark in text and started[0].exitcode == -signal.SIGKILL, text
         return text
 
 
 @contextlib.contextmanager
 def _python_processes(
-    words: Sequence[str | Path], ranks: int, environment: Mapping[str, str] | None
+    words: Sequence[str | Path], ranks: int, environment: Mapping[str, str] | None, mark: str | None = None
 ) -> Iterator[tuple[list[BaseProcess], Path]]:
     """The processes, and the file that their output goes to."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         log.touch()
-        with processes(_python, log, list(map(str, words)), ranks=ranks, environment=environment) as started:
+        with processes(_python, log, list(map(str, words)), mark, ranks=ranks, environment=environment) as started:
             yield started, log
 
 
-def _python(log: Path, words: list[str]) -> None:
+def _python(log: Path, words: list[str], mark: str | None) -> None:
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if mark is not None:
+        _end_at(mark)
     flag = words.pop(0) if words[0] in ("-m", "-c") else None
     what, *arguments = words
     sys.argv = [flag or what, *arguments]
@@ -166,3 +167,16 @@ def _python(log: Path, words: list[str]) -> None:
         exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
     else:
         runpy.run_path(what, run_name="__main__")
+
+
+def _end_at(mark: str) -> None:
+    write = sys.stdout.write
+
+    def write_and_end(text: str) -> int:
+        written = write(text)
+        if mark in text:
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
+
+    sys.stdout.write = write_and_end  # type: ignore[method-assign]

@@ -111,7 +111,7 @@ def test_a_killed_run_continues_to_the_last_bit(unbroken: Path, tmp_path: Path) 
     killed = len(read_records(run))
     train_well(config, "--training.steps", "10")
     resumed = read_records(run)[killed:]
-    assert resumed[0]["step"] in (4, 7) and resumed[-1]["step"] == 10
+    assert resumed[0]["step"] == 4 and resumed[-1]["step"] == 10
     assert resumed[0][LONGEST] > 0
     whole = losses_and_norms(read_records(unbroken / "run"))
     assert losses_and_norms(read_records(run)) == whole and len(set(whole.values())) == 10

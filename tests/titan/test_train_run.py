@@ -71,7 +71,7 @@ def test_a_killed_run_continues_to_the_last_bit(unbroken: Path, tmp_path: Path) 
     log = train_well(config)
     assert "Loading the checkpoint" in log
     resumed = read_records(run)[killed:]
-    assert resumed[0]["step"] in (4, 7) and resumed[-1]["step"] == 8
+    assert resumed[0]["step"] == 4 and resumed[-1]["step"] == 8
 
     # A finished run goes on too, with more steps.
     before = len(read_records(run))
