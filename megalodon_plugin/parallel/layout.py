@@ -294,6 +294,10 @@ def _pipeline(layout: Layout, n_layers: int, job: Job) -> Iterator[str]:
     degree = layout.pp
     if degree == 1:
         return
+    wrong = [*_counts(job)]
+    if wrong:  # The rules below divide by them.
+        yield from wrong
+        return
     yield from _stages(degree, n_layers, job)
     if job.local_rows % job.microbatch_rows:
         yield (
@@ -307,6 +311,19 @@ def _pipeline(layout: Layout, n_layers: int, job: Job) -> Iterator[str]:
             f"`{PP}` = {job.microbatch_rows} x {degree} under the schedule 1F1B, but is {job.local_rows}; what would "
             f'work: {least} rows or more, or `parallelism.pipeline_parallel_schedule` = "GPipe", which waits longer'
         )
+
+
+def _counts(job: Job) -> Iterator[str]:
+    first, last = job.less_layers
+    least_of = {
+        "parallelism.pipeline_parallel_microbatch_size": (1, job.microbatch_rows),
+        LAYERS_PER_STAGE: (1, job.layers_per_stage),
+        LESS_LAYERS[0]: (0, first),
+        LESS_LAYERS[1]: (0, last),
+    }
+    for key, (least, value) in least_of.items():
+        if value is not None and value < least:
+            yield f"`{key}` must be at least {least}, but is {value}"
 
 
 def _stages(degree: int, n_layers: int, job: Job) -> Iterator[str]:

@@ -116,6 +116,9 @@ def test_layouts_that_are_taken(layout: str) -> None:
         ("pp 4", {"layers_per_stage": 2}, {}, rf"{PP} must be the 3 stages that .*layers_per_stage.*, but is 4$"),
         ("pp 2", {"parts": 3, "schedule": "Interleaved1F1B"}, {}, r"must divide the 3 stages .*, but is 2$"),
         ("pp 2", {"parts": 2, "schedule": "ZBVZeroBubble"}, {}, r"must be half of the 2 stages .*, but is 2$"),
+        ("pp 2", {"microbatch_rows": 0}, {}, r"_microbatch_size` must be at least 1, but is 0$"),
+        ("pp 2", {"layers_per_stage": 0}, {}, r"_layers_per_stage` must be at least 1, but is 0$"),
+        ("pp 2", {"less_layers": (1, -1)}, {}, r"_last_stage_less_layers` must be at least 0, but is -1$"),
         ("pp 2", {"microbatch_rows": 3}, {}, r"`training.local_batch_size` must be a multiple of .* = 3, but is 4$"),
         (
             "pp 4",
