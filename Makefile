@@ -2,7 +2,7 @@
 #   make quickstart    make a .venv, install, train a small Megalodon on the CPU, sample from it
 #   make test          the whole test suite, with the linter and the type checker
 # And one for whoever changes how ranks share the work:
-#   make layouts       every layout of up to 8 processes against one process, 15 minutes on 2 cores
+#   make layouts       every layout of up to 8 processes against one process, 8 minutes on 2 cores
 
 PYTHON ?= python3
 VENV := .venv
