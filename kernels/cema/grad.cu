@@ -1,11 +1,8 @@
 // Gradients of CEMA's coefficients from x, dy and the states at the edges of groups of 32 blocks.
 //
-// With h_b the state that enters block b and l_b the conjugate of the gradient of the state that leaves it,
-//   dk_lag = sum of the lag-th diagonal of sum_b dy_b x_b^T,
-//   dC = sum_b dy_b h_b,   dS = sum_b x_b l_b,   dA = sum_b l_b h_b
-// (all conjugated, so that no conjugate is left), and from these tables' gradients those of p, g and log q:
-//   dp = sum_l g q^l dk_l + sum_t q^(T-1-t) dS_t,     dg = sum_l p q^l dk_l + sum_t q^(t+1) dC_t,
-//   dlog q = sum_l l p g q^l dk_l + sum_t (t+1) g q^(t+1) dC_t + sum_t (T-1-t) p q^(T-1-t) dS_t + T A dA.
+// kernels/README.md (CEMA, Backward) derives them and has the names: h_b is the state that enters block b, l_b the
+// conjugate of the gradient of the state that leaves it, k, C, S and A are the tables. All gradients are conjugated, so
+// that no conjugate is left.
 //
 // A thread block owns kChannels channels, one warp each, 16 orders of them (blockIdx.z: which 16), and every
 // gridDim.y-th group of time, in fixed order; groups are independent of each other because the passes kept the states

@@ -15,8 +15,6 @@ from megalodon_plugin.planning.links import Links
 
 from .options import options_of
 
-COMMIT_HELP = "commit id to record in the results (default: what git says about this folder)"
-
 
 def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to those of the console."""
@@ -28,9 +26,6 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="check and time CEMA and TimestepNorm",
         description="Check CEMA and TimestepNorm against float64, then time them beside implementations in plain "
         "torch. Needs a CUDA GPU. Writes ops.json and ops.png.",
-    )
-    ops.add_argument(
-        "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (default outputs/bench)"
     )
     ops.add_argument("--only", choices=OPS, help="only this op")
     ops.add_argument("--quick", action="store_true", help="only the kernels, fewer lengths, shorter measurements")
@@ -47,7 +42,7 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--accuracy-only", action="store_true", help="check accuracy and write accuracy.json, without timing"
     )
     ops.add_argument("--golden", type=Path, help="also check against the golden vectors in this folder")
-    ops.add_argument("--commit", help=COMMIT_HELP)
+    _add_results(ops)
     _add_generate(benches)
     _add_train(benches)
     _add_parallel(benches)
@@ -76,10 +71,7 @@ def _add_generate(benches: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--steps", type=int, default=256, help="tokens to decode in each row (default 256)")
     parser.add_argument("--against", choices=["llama"], help="also measure torchtitan's Llama of the same size")
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (default outputs/bench)"
-    )
-    parser.add_argument("--commit", help=COMMIT_HELP)
+    _add_results(parser)
 
 
 def _add_train(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -111,10 +103,7 @@ def _add_train(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument(
         "--longest-step", type=float, default=30.0, help="skip jobs whose steps take more seconds (default 30)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (default outputs/bench)"
-    )
-    parser.add_argument("--commit", help=COMMIT_HELP)
+    _add_results(parser)
 
 
 def _add_parallel(benches: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -191,10 +180,17 @@ def _add_parallel(benches: "argparse._SubParsersAction[argparse.ArgumentParser]"
     simulation.add_argument(
         "--latency-us", type=float, default=links.latency_us, help="latency of a message, µs (default 10)"
     )
+    _add_results(parser)
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark that writes results."""
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/bench"), help="folder for the results (default outputs/bench)"
     )
-    parser.add_argument("--commit", help=COMMIT_HELP)
+    parser.add_argument(
+        "--commit", help="commit id to record in the results (default: what git says about this folder)"
+    )
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

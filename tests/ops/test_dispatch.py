@@ -103,16 +103,16 @@ def test_the_environment_decides_the_first_mode(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv("MEGALODON_KERNELS", raising=False)
     if value is not None:
         monkeypatch.setenv("MEGALODON_KERNELS", value)
-    assert module_anew().kernels_mode() == mode
+    assert second_copy().kernels_mode() == mode
 
 
 def test_a_wrong_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGALODON_KERNELS", "fast")
     with pytest.raises(ValueError, match=r"^`MEGALODON_KERNELS` must be one of auto, require, off, but is 'fast'$"):
-        module_anew()
+        second_copy()
 
 
-def module_anew() -> Any:
+def second_copy() -> Any:
     """A second copy of the module, as its first import makes it; the one that the ops use stays as it is."""
     assert dispatch.__spec__ is not None and dispatch.__spec__.loader is not None
     copy = importlib.util.module_from_spec(dispatch.__spec__)

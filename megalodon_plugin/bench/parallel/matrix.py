@@ -231,7 +231,7 @@ def _failures(entry: Entry, training: list[Record], single: list[Record]) -> Ite
         if not (math.isclose(largest, mean, rel_tol=1e-6) if shared else mean < largest < 1.5 * mean):
             yield f"step {step}: the largest loss of a rank is {largest}, the mean {mean}"
         if expected[GRADIENT_NORM] <= 0.5:
-            yield f"step {step}: gradients must be clipped, but their norm is {expected['grad_norm']}"
+            yield f"step {step}: gradients must be clipped, but their norm is {expected[GRADIENT_NORM]}"
 
 
 def records_of(ranks: list[RankRow]) -> list[Record]:
